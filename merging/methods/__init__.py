@@ -1,0 +1,1 @@
+"""One published merging system per file."""
