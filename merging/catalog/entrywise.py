@@ -1,0 +1,154 @@
+"""Entry-wise methods: they treat every entry of the task vectors (in some space) on its own."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from merging.catalog.spec import PER_MODEL, Compat, Contract, LambdaAuto, Method, MethodParams, Paper
+
+SPACES = ("full", "knots", "core")
+ENTRYWISE = Contract(spaces=SPACES, dense_inputs=True)
+
+Density = Field(
+    default=0.2,
+    gt=0.0,
+    le=1.0,
+    description="Fraction of entries that is kept.",
+    json_schema_extra=PER_MODEL,
+)
+SpaceGauge = Field(
+    default="balanced",
+    description=(
+        "Core space only. `balanced` rewrites each adapter by its own SVD first, so that the result depends "
+        "on B@A alone; `asis` takes the factors as they were trained, as the paper's code does."
+    ),
+)
+Isotropize = Field(
+    default=False,
+    description="Finish by setting all non-zero singular values of the merged update to their mean.",
+)
+
+
+class EntrywiseParams(MethodParams):
+    compat: Compat | None = Field(
+        default=None,
+        description="Reproduce a peer exactly: its counting, sign and weight rules; `lambda` is then 1.0.",
+    )
+    core_gauge: Literal["balanced", "asis"] = SpaceGauge
+    isotropize: bool = Isotropize
+
+
+class ElectionParams(LambdaAuto):
+    compat: Compat | None = Field(
+        default=None,
+        description="Reproduce a peer exactly: its counting, sign and weight rules; `lambda` is then 1.0.",
+    )
+    core_gauge: Literal["balanced", "asis"] = SpaceGauge
+    isotropize: bool = Isotropize
+    majority_sign_method: Literal["total", "frequency"] = Field(
+        default="total", description="Elect each sign by the sum of the entries or by their count."
+    )
+    agg: Literal["mean", "sum", "max"] = Field(
+        default="mean", description="How the entries that agree with the elected sign are combined."
+    )
+    normalize: bool = Field(
+        default=False,
+        description=(
+            "With `agg: mean`, divide by the sum of the weights of the agreeing models, not by their count."
+        ),
+    )
+
+
+class MagnitudePruneParams(EntrywiseParams):
+    density: float = Density
+    trim_scope: Literal["tensor", "global"] = Field(
+        default="tensor", description="Choose the largest entries per tensor or over the whole model."
+    )
+
+
+class TiesParams(ElectionParams):
+    density: float = Density
+    trim_scope: Literal["tensor", "global"] = Field(
+        default="tensor", description="Choose the largest entries per tensor or over the whole model."
+    )
+
+
+DareDensity = Field(
+    default=0.5,
+    gt=0.0,
+    le=1.0,
+    description="Probability with which an entry is kept.",
+    json_schema_extra=PER_MODEL,
+)
+Rescale = Field(
+    default=True,
+    description="Multiply the kept entries by 1 / density (mergekit: match the L1 norm).",
+)
+
+
+class DareLinearParams(EntrywiseParams):
+    density: float = DareDensity
+    rescale: bool = Rescale
+
+
+class DareTiesParams(ElectionParams):
+    density: float = DareDensity
+    rescale: bool = Rescale
+
+
+TIES_PAPER = Paper("TIES-Merging: Resolving Interference When Merging Models", "2306.01708", "NeurIPS 2023")
+DARE_PAPER = Paper(
+    "Language Models are Super Mario: Absorbing Abilities from Homologous Models as a Free Lunch",
+    "2311.03099",
+    "ICML 2024",
+)
+
+METHODS = (
+    Method(
+        name="magnitude_prune",
+        title="Magnitude pruning",
+        summary="Keep the largest entries of each task vector, then add.",
+        paper=Paper("Language Models are Super Mario (magnitude baseline)", "2311.03099", "ICML 2024"),
+        contract=ENTRYWISE,
+        Params=MagnitudePruneParams,
+        kernel="merging.methods.prune:magnitude_prune",
+        auto_norm=1.2,
+    ),
+    Method(
+        name="ties",
+        title="TIES",
+        summary="Trim small entries, elect one sign per entry, average the entries that agree.",
+        paper=TIES_PAPER,
+        contract=ENTRYWISE,
+        Params=TiesParams,
+        kernel="merging.methods.ties:ties",
+        auto_norm=1.7,
+        presets={
+            "paper": {"trim_scope": "global", "core_gauge": "asis"},
+            "mergekit": {"normalize": True},
+        },
+    ),
+    Method(
+        name="dare_linear",
+        title="DARE (linear)",
+        summary="Drop entries at random, rescale the rest, add.",
+        paper=DARE_PAPER,
+        contract=ENTRYWISE,
+        Params=DareLinearParams,
+        kernel="merging.methods.dare:dare_linear",
+        auto_norm=1.2,
+    ),
+    Method(
+        name="dare_ties",
+        title="DARE-TIES",
+        summary="Drop entries at random, rescale the rest, then elect signs and average what agrees.",
+        paper=DARE_PAPER,
+        contract=ENTRYWISE,
+        Params=DareTiesParams,
+        kernel="merging.methods.dare:dare_ties",
+        auto_norm=1.7,
+        presets={"paper": {"core_gauge": "asis"}, "mergekit": {"agg": "sum"}},
+    ),
+)

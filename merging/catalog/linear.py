@@ -1,0 +1,45 @@
+"""Linear methods: weighted sums, exact or truncated."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from merging.catalog.spec import Compat, Contract, Method, MethodParams, Paper
+
+TASK_ARITHMETIC = Paper("Editing Models with Task Arithmetic", "2212.04089", "ICLR 2023")
+
+
+class LinearParams(MethodParams):
+    normalize: bool = Field(
+        default=False, description="Divide by the sum of the weights: a weighted mean instead of a sum."
+    )
+    compat: Compat | None = Field(
+        default=None,
+        description="Accepted for symmetry: peers' `cat`, `svd` and `task_arithmetic` agree with ours.",
+    )
+
+
+METHODS = (
+    Method(
+        name="linear",
+        title="Weighted sum (task arithmetic)",
+        summary="Add the weighted updates. Exact: the factors are concatenated.",
+        paper=TASK_ARITHMETIC,
+        contract=Contract(spaces=("full", "knots", "core"), dense_inputs=True),
+        Params=LinearParams,
+        kernel="merging.methods.linear:linear",
+        auto_norm=1.2,
+        notes="PEFT's `cat`; the same in every space. PEFT's `linear` adds cross terms and is not this.",
+    ),
+    Method(
+        name="svd",
+        title="Truncated SVD of the weighted sum",
+        summary="The best low-rank approximation of the weighted sum, from small cores.",
+        paper=TASK_ARITHMETIC,
+        contract=Contract(spaces=("full", "knots", "core"), dense_inputs=True),
+        Params=LinearParams,
+        kernel="merging.methods.linear:svd",
+        auto_norm=1.2,
+        notes="`output.rank: null` means the largest rank among the inputs, as in PEFT.",
+    ),
+)
