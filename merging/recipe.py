@@ -217,7 +217,7 @@ class _Loader(yaml.SafeLoader):
         for key_node, _ in node.value:
             if not isinstance(key_node, yaml.ScalarNode):
                 raise yaml.YAMLError("a key must be plain text")
-            key = self.construct_object(key_node)  # type: ignore[no-untyped-call]
+            key = self.construct_object(key_node)
             if not isinstance(key, str):
                 raise yaml.YAMLError(f"the key {key_node.value!r} must be text")
             if key in seen:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -11,21 +11,22 @@ from merging.catalog.spec import PER_MODEL, Compat, Contract, LambdaAuto, Method
 SPACES = ("full", "knots", "core")
 ENTRYWISE = Contract(spaces=SPACES, dense_inputs=True)
 
-Density = Field(
+Density: Any = Field(
     default=0.2,
     gt=0.0,
     le=1.0,
     description="Fraction of entries that is kept.",
     json_schema_extra=PER_MODEL,
 )
-SpaceGauge = Field(
+TrimRescale: Any = Field(default=False, description="Multiply each trimmed task so that its L1 norm is kept.")
+SpaceGauge: Any = Field(
     default="balanced",
     description=(
         "Core space only. `balanced` rewrites each adapter by its own SVD first, so that the result depends "
         "on B@A alone; `asis` takes the factors as they were trained, as the paper's code does."
     ),
 )
-Isotropize = Field(
+Isotropize: Any = Field(
     default=False,
     description="Finish by setting all non-zero singular values of the merged update to their mean.",
 )
@@ -66,6 +67,7 @@ class MagnitudePruneParams(EntrywiseParams):
     trim_scope: Literal["tensor", "global"] = Field(
         default="tensor", description="Choose the largest entries per tensor or over the whole model."
     )
+    rescale: bool = TrimRescale
 
 
 class TiesParams(ElectionParams):
@@ -73,16 +75,17 @@ class TiesParams(ElectionParams):
     trim_scope: Literal["tensor", "global"] = Field(
         default="tensor", description="Choose the largest entries per tensor or over the whole model."
     )
+    rescale: bool = TrimRescale
 
 
-DareDensity = Field(
+DareDensity: Any = Field(
     default=0.5,
     gt=0.0,
     le=1.0,
     description="Probability with which an entry is kept.",
     json_schema_extra=PER_MODEL,
 )
-Rescale = Field(
+Rescale: Any = Field(
     default=True,
     description="Multiply the kept entries by 1 / density (mergekit: match the L1 norm).",
 )

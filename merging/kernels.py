@@ -1,0 +1,100 @@
+"""The contract between the engine and the methods' code."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from merging.catalog.spec import MethodParams
+from merging.lowrank import ThinSVD
+from merging.updates import Coordinates, LowRank, UpdateStack
+
+GIB = 1 << 30
+
+
+class Tasks(Protocol):
+    """Anything that knows which models it holds."""
+
+    @property
+    def tasks(self) -> tuple[int, ...]: ...
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a kernel knows beyond the tensors.
+
+    ``params`` are the global parameters, ``per_model[i]`` those of model ``i``, ``digests[i]`` its content.
+    ``rank`` is the output rank the recipe asks for, if it does. ``budget`` bounds the working memory in
+    bytes. ``warn(code, message)`` reaches the report. ``shared`` is what the survey passes found.
+    """
+
+    params: MethodParams
+    per_model: tuple[MethodParams, ...]
+    digests: tuple[str, ...]
+    space: str | None = None
+    seed: int = 0
+    rank: int | None = None
+    budget: int = GIB // 2
+    warn: Callable[[str, str], None] = field(default=lambda code, message: None)
+    shared: Any = None
+
+    def of(self, stack: Tasks) -> tuple[MethodParams, ...]:
+        """The parameters of the tasks that are present in ``stack``."""
+        return tuple(self.per_model[task] for task in stack.tasks)
+
+    def weights(self, stack: Tasks) -> Tensor:
+        """The weights of the tasks present in ``stack``, ``(T,)`` in float64."""
+        return torch.tensor([params.weight for params in self.of(stack)], dtype=torch.float64)
+
+
+@dataclass(frozen=True)
+class Merged:
+    """The merged update of a batch: as factors, or as an SVD where the method has one anyway."""
+
+    update: LowRank | ThinSVD
+
+
+class Kernel(Protocol):
+    """A merge method. ``merge`` maps a stack to its merged update and knows no files.
+
+    A method with statistics over the whole model (a global threshold) asks for ``surveys`` passes: pass
+    ``i`` maps every stack to a partial result, ``reduce`` combines them into the next ``ctx.shared``.
+    """
+
+    def surveys(self, ctx: Context) -> int: ...
+
+    def survey(self, index: int, stack: UpdateStack, ctx: Context) -> Any: ...
+
+    def reduce(self, index: int, partials: Sequence[Any], ctx: Context) -> Any: ...
+
+    def merge(self, stack: UpdateStack, ctx: Context) -> Merged: ...
+
+
+@dataclass(frozen=True)
+class Local:
+    """A kernel from a function: methods that need nothing beyond the module at hand."""
+
+    function: Callable[[UpdateStack, Context], Merged]
+
+    def surveys(self, ctx: Context) -> int:
+        return 0
+
+    def survey(self, index: int, stack: UpdateStack, ctx: Context) -> Any:
+        raise RuntimeError("this method takes no surveys")
+
+    def reduce(self, index: int, partials: Sequence[Any], ctx: Context) -> Any:
+        raise RuntimeError("this method takes no surveys")
+
+    def merge(self, stack: UpdateStack, ctx: Context) -> Merged:
+        return self.function(stack, ctx)
+
+
+def row_blocks(coordinates: Coordinates, budget: int) -> list[tuple[int, int]]:
+    """Row ranges such that about six copies of a block of all tasks fit into ``budget`` bytes."""
+    per_row = coordinates.G * coordinates.T * coordinates.n * coordinates.like.element_size() * 6
+    step = max(1, min(coordinates.m, budget // max(1, per_row)))
+    return [(start, min(start + step, coordinates.m)) for start in range(0, coordinates.m, step)]

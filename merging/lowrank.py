@@ -1,0 +1,120 @@
+"""The algebra of low-rank updates: joint frames, thin SVDs, compression, inner products.
+
+Nothing here forms an ``m x n`` matrix. All functions work on batches: ``B (G, m, r)``, ``A (G, r, n)``.
+QR runs in the dtype of the factors (float32 or float64), the small cores in float64.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from merging.updates import LowRank, UpdateStack
+
+
+def rank_rtol(dtype: torch.dtype) -> float:
+    """Singular values below this fraction of the largest are rounding noise of that dtype."""
+    return 1e-10 if dtype == torch.float64 else 1e-6
+
+
+@dataclass(frozen=True)
+class JointFrame:
+    """Orthonormal bases of everything the tasks can reach, and the tasks in these bases.
+
+    ``left`` is ``(G, m, p)`` with orthonormal columns, ``right`` is ``(G, q, n)`` with orthonormal rows,
+    ``p = min(m, R)``, ``q = min(n, R)``. ``cores`` is the same stack in small coordinates (float64):
+    ``delta_t = left @ cores.B[t] @ cores.A[t] @ right``, exactly.
+    """
+
+    left: Tensor
+    right: Tensor
+    cores: UpdateStack
+
+    def lift(self, core: LowRank) -> LowRank:
+        """From small coordinates ``(G, p, q)`` back to ``(G, m, n)``."""
+        B, A = core.factors()
+        return LowRank(self.left @ B.to(self.left.dtype), A.to(self.right.dtype) @ self.right)
+
+
+def joint_frame(stack: UpdateStack) -> JointFrame:
+    """QR of the stacked factors (`B = Q_B R_B`, `A^T = Q_A R_A`). Cost ``O((m + n) R^2)``."""
+    B, A = stack.joined()
+    left, core_B = torch.linalg.qr(B)
+    right, core_A = torch.linalg.qr(A.mT)
+    cores = UpdateStack(
+        stack.names,
+        stack.tasks,
+        stack.split(core_B.double(), dim=2),
+        stack.split(core_A.double().mT, dim=1),
+    )
+    return JointFrame(left, right.mT, cores)
+
+
+@dataclass(frozen=True)
+class ThinSVD:
+    """``U @ diag(S) @ Vh`` with ``U (G, m, k)``, ``S (G, k)`` descending, ``Vh (G, k, n)``."""
+
+    U: Tensor
+    S: Tensor
+    Vh: Tensor
+
+    def balanced(self) -> LowRank:
+        """``B = U sqrt(S)``, ``A = sqrt(S) Vh``: the canonical factors of the product."""
+        root = self.S.sqrt()
+        return LowRank(self.U * root.unsqueeze(-2), root.unsqueeze(-1) * self.Vh)
+
+    def head(self, rank: int) -> ThinSVD:
+        """The leading ``rank`` triplets."""
+        return ThinSVD(self.U[..., :rank], self.S[..., :rank], self.Vh[..., :rank, :])
+
+
+def thin_svd(update: LowRank) -> ThinSVD:
+    """SVD of a product from the QR of its factors; ``k = min(m, n, r)``. Cost ``O((m + n) r^2)``."""
+    B, A = update.factors()
+    Q_B, R_B = torch.linalg.qr(B)
+    Q_A, R_A = torch.linalg.qr(A.mT)
+    U, S, Vh = torch.linalg.svd(R_B.double() @ R_A.double().mT, full_matrices=False)
+    return ThinSVD(Q_B @ U.to(Q_B.dtype), S, Vh.to(Q_A.dtype) @ Q_A.mT)
+
+
+def core_svd(core: Tensor) -> ThinSVD:
+    """SVD of small dense matrices ``(G, p, q)`` in float64."""
+    U, S, Vh = torch.linalg.svd(core.double(), full_matrices=False)
+    return ThinSVD(U, S, Vh)
+
+
+def numerical_rank(S: Tensor, rtol: float) -> Tensor:
+    """How many singular values exceed ``rtol`` times the largest; ``(G,)``, zero for a zero matrix."""
+    largest = S[..., :1]
+    return ((largest * rtol < S) & (S > 0)).sum(-1)
+
+
+def rank_for_energy(S: Tensor, energy: float) -> Tensor:
+    """The smallest rank that keeps the fraction ``energy`` of ``sum(S^2)``; ``(G,)``, at least 1."""
+    squares = S.double() ** 2
+    kept = squares.cumsum(-1)
+    # A share within rounding of the target counts as reached.
+    enough = kept >= energy * kept[..., -1:] * (1 - 1e-12)
+    return enough.long().argmax(-1) + 1
+
+
+def inner(left: LowRank, right: LowRank) -> Tensor:
+    """Frobenius inner products ``<left, right>``, ``(G,)`` in float64, from ``r x r`` matrices."""
+    if left.B is None or left.A is None:
+        left, right = right, left
+    if left.B is None or left.A is None:
+        return (left.any.double() * right.any.double()).sum((-2, -1))
+    if right.B is None or right.A is None:  # <B A, D> = <B^T D, A>
+        return ((left.B.mT @ right.any).double() * left.A.double()).sum((-2, -1))
+    gram_B = left.B.mT @ right.B
+    gram_A = left.A @ right.A.mT
+    return (gram_B.double() * gram_A.double()).sum((-2, -1))
+
+
+def squared_norm(update: LowRank) -> Tensor:
+    """Squared Frobenius norms, ``(G,)`` in float64."""
+    if update.B is None or update.A is None:
+        return (update.any.double() ** 2).sum((-2, -1))
+    return inner(update, update).clamp_min(0.0)

@@ -1,0 +1,134 @@
+"""Spaces: coordinates in which entry-wise rules act, and the way back.
+
+``full``   the entries of the deltas themselves;
+``knots``  KnOTS (arXiv 2410.19735): rows in the left singular basis of ``[delta_1 ... delta_T]``;
+``core``   Core Space (arXiv 2509.17786): both sides in the singular bases of the stacked factors.
+
+All three are isometric: norms and inner products of task vectors are the same in each.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from merging.errors import InputError
+from merging.lowrank import ThinSVD, core_svd, joint_frame, rank_rtol, thin_svd
+from merging.updates import Coordinates, LowRank, UpdateStack
+
+
+@dataclass(frozen=True)
+class Placement:
+    """A stack in some coordinates.
+
+    ``coordinates`` holds the tasks as ``p x q`` matrices; ``left (G, m, p)`` and ``right (G, q, n)`` are
+    orthonormal (``None``: identity). ``entries (G,)`` counts the coordinates that can be non-zero: frames of
+    a batch are padded with zero directions where the stacks are rank-deficient.
+    """
+
+    coordinates: Coordinates
+    left: Tensor | None
+    right: Tensor | None
+    entries: Tensor
+
+    def lift(self, merged: Tensor) -> LowRank | ThinSVD:
+        """A merged coordinate matrix ``(G, p, q)`` as an update of ``(G, m, n)``, exactly.
+
+        Core coordinates come back as an SVD; full ones as a dense matrix next to an identity.
+        """
+        if self.left is None:
+            return LowRank(None, merged) if merged.shape[-2] <= merged.shape[-1] else LowRank(merged, None)
+        if self.right is None:
+            return LowRank(self.left, merged.to(self.left.dtype))
+        small = core_svd(merged)
+        left, right = self.left, self.right
+        return ThinSVD(left @ small.U.to(left.dtype), small.S, small.Vh.to(right.dtype) @ right)
+
+
+def place(stack: Coordinates, space: str, *, gauge: str = "balanced") -> Placement:
+    """The stack in the coordinates of ``space``; ``gauge`` matters in Core Space only."""
+    if space == "full":
+        entries = torch.full((stack.G,), stack.m * stack.n, dtype=torch.long)
+        return Placement(stack, None, None, entries)
+    if not isinstance(stack, UpdateStack):
+        raise InputError(
+            "space_not_supported",
+            f"the space {space!r} is defined for low-rank inputs only",
+            remedy="Use `space: full` for full fine-tunes.",
+            where={"field": "space"},
+        )
+    return knots(stack) if space == "knots" else core(stack, gauge=gauge)
+
+
+def knots(stack: UpdateStack, *, with_values: bool = True) -> Placement:
+    """KnOTS coordinates ``x_t = diag(s) V_t`` of size ``k x n`` without forming ``m x (T n)``.
+
+    ``B = Q_B R_B``, ``A_t^T = Q_t R_t``; the SVD of the small ``[R_B,t R_t^T]_t`` gives the left basis.
+    ``with_values=False`` divides by ``s`` and multiplies after the merge (the Core Space authors' variant).
+    """
+    B, _ = stack.joined()
+    left, core_B = torch.linalg.qr(B)
+    blocks = stack.split(core_B.double(), dim=2)
+    small = [
+        block @ torch.linalg.qr(A.mT, mode="r").R.double().mT
+        for block, A in zip(blocks, stack.A, strict=True)
+    ]
+    U, S, _ = torch.linalg.svd(torch.cat(small, dim=2), full_matrices=False)
+    alive = S > rank_rtol(left.dtype) * S[:, :1]
+    U = U * alive.unsqueeze(1)
+    basis = left @ U.to(left.dtype)
+    if with_values:
+        rows = U.mT
+    else:
+        rows = U.mT / torch.where(alive, S, torch.ones_like(S)).unsqueeze(-1)
+        basis = basis * S.unsqueeze(1).to(basis.dtype)
+    coordinates = UpdateStack(
+        stack.names,
+        stack.tasks,
+        tuple((rows @ block).to(left.dtype) for block in blocks),
+        stack.A,
+    )
+    return Placement(coordinates, basis, None, alive.sum(-1).cpu() * stack.n)
+
+
+def core(stack: UpdateStack, *, gauge: str = "balanced") -> Placement:
+    """Core Space coordinates ``M_t = U^T delta_t V`` of size ``p x q`` (float64).
+
+    ``U`` and ``V`` are the singular bases of the stacked factors, found from QR and small SVDs. The basis
+    depends on how each adapter splits its product into factors; ``gauge="balanced"`` first rewrites every
+    adapter as ``U sqrt(S), sqrt(S) V^T`` of its own SVD, so that only ``delta_t`` matters.
+    """
+    frame = joint_frame(stack)
+    cores = balance(frame.cores) if gauge == "balanced" else frame.cores
+    B, A = cores.joined()
+    U, S_B, _ = torch.linalg.svd(B, full_matrices=False)
+    V, S_A, _ = torch.linalg.svd(A.mT, full_matrices=False)
+    rtol = rank_rtol(stack.like.dtype)
+    alive_B = S_B > rtol * S_B[:, :1]
+    alive_A = S_A > rtol * S_A[:, :1]
+    U = U * alive_B.unsqueeze(1)
+    V = V * alive_A.unsqueeze(1)
+    coordinates = UpdateStack(
+        stack.names,
+        stack.tasks,
+        tuple(U.mT @ block for block in cores.B),
+        tuple(block @ V for block in cores.A),
+    )
+    left = frame.left @ U.to(frame.left.dtype)
+    right = V.mT.to(frame.right.dtype) @ frame.right
+    entries = alive_B.sum(-1) * alive_A.sum(-1)
+    return Placement(coordinates, left, right, entries.cpu())
+
+
+def balance(stack: UpdateStack) -> UpdateStack:
+    """Every task in its canonical factors ``U sqrt(S), sqrt(S) V^T``; the products stay as they are."""
+    balanced = [thin_svd(LowRank(B, A)).balanced() for B, A in zip(stack.B, stack.A, strict=True)]
+    factors = [update.factors() for update in balanced]
+    return UpdateStack(
+        stack.names,
+        stack.tasks,
+        tuple(B.to(stack.like.dtype) for B, _ in factors),
+        tuple(A.to(stack.like.dtype) for _, A in factors),
+    )
