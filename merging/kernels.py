@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -53,9 +53,13 @@ class Context:
 
 @dataclass(frozen=True)
 class Merged:
-    """The merged update of a batch: as factors, or as an SVD where the method has one anyway."""
+    """The merged update of a batch: as factors, or as an SVD where the method has one anyway.
+
+    ``discarded (G,)`` is the squared Frobenius norm that a kernel threw away to meet ``ctx.rank``.
+    """
 
     update: LowRank | ThinSVD
+    discarded: Tensor | None = None
 
 
 class Kernel(Protocol):
@@ -91,6 +95,49 @@ class Local:
 
     def merge(self, stack: UpdateStack, ctx: Context) -> Merged:
         return self.function(stack, ctx)
+
+
+@dataclass(frozen=True)
+class MultiMerged:
+    """What a multi-output method makes of a batch: one update per task of the stack, in its order.
+
+    ``artefact`` holds what the method keeps beside the adapters, by name, each tensor batched on ``G``
+    (empty for most methods). ``facts`` are numbers for the report: ``(G,)``, or ``(G, T)`` per task.
+    """
+
+    updates: tuple[LowRank, ...]
+    artefact: Mapping[str, Tensor] = field(default_factory=dict)
+    facts: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+class MultiKernel(Protocol):
+    """A method that writes one adapter per task (``contract.multi_output``)."""
+
+    def split(self, stack: UpdateStack, ctx: Context) -> MultiMerged: ...
+
+
+@dataclass(frozen=True)
+class LocalSplit:
+    """A multi-output kernel from a function."""
+
+    function: Callable[[UpdateStack, Context], MultiMerged]
+
+    def split(self, stack: UpdateStack, ctx: Context) -> MultiMerged:
+        return self.function(stack, ctx)
+
+
+def module_chunks(stack: UpdateStack, bytes_per_module: int, budget: int) -> list[UpdateStack]:
+    """The stack cut along ``G`` so that the working memory of a piece fits into ``budget`` bytes."""
+    step = max(1, budget // max(1, bytes_per_module))
+    return [
+        UpdateStack(
+            stack.names[start : start + step],
+            stack.tasks,
+            tuple(B[start : start + step] for B in stack.B),
+            tuple(A[start : start + step] for A in stack.A),
+        )
+        for start in range(0, stack.G, step)
+    ]
 
 
 def row_blocks(coordinates: Coordinates, budget: int) -> list[tuple[int, int]]:

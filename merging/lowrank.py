@@ -39,7 +39,19 @@ class JointFrame:
 
 
 def joint_frame(stack: UpdateStack) -> JointFrame:
-    """QR of the stacked factors (`B = Q_B R_B`, `A^T = Q_A R_A`). Cost ``O((m + n) R^2)``."""
+    """QR of the stacked factors (`B = Q_B R_B`, `A^T = Q_A R_A`). Cost ``O((m + n) R^2)``.
+
+    Kept with the stack: the merge and the diagnostics of a module share one frame.
+    """
+    known = stack.__dict__.get("_joint_frame")
+    if isinstance(known, JointFrame):
+        return known
+    frame = _joint_frame(stack)
+    stack.__dict__["_joint_frame"] = frame
+    return frame
+
+
+def _joint_frame(stack: UpdateStack) -> JointFrame:
     B, A = stack.joined()
     left, core_B = torch.linalg.qr(B)
     right, core_A = torch.linalg.qr(A.mT)

@@ -2,35 +2,55 @@
 
 ``delta = sum_t w_t delta_t``; with ``normalize`` the weights are divided by their sum. For low-rank
 inputs the sum is exact without arithmetic: ``B = [w_1 B_1 ... w_T B_T]``, ``A = [A_1; ...; A_T]`` of rank
-``R``. ``svd`` is the same sum; the engine truncates it to the output rank by the SVD of the ``R x R`` core,
-which is the best approximation of that rank (Eckart-Young). Shapes: ``B (G, m, R)``, ``A (G, R, n)``.
+``R``. ``svd`` is the same sum truncated to the output rank through the SVD of its ``R x R`` core in the
+joint frame, the best approximation of that rank (Eckart-Young). Shapes: ``B (G, m, R)``, ``A (G, R, n)``.
 """
 
 from __future__ import annotations
 
+import torch
+from torch import Tensor
+
 from merging.catalog.linear import LinearParams
 from merging.errors import InputError
 from merging.kernels import Context, Local, Merged
+from merging.lowrank import ThinSVD, core_svd, joint_frame
 from merging.updates import LowRank, UpdateStack
 
 
 def weighted_sum(stack: UpdateStack, ctx: Context) -> Merged:
     """The exact sum as concatenated factors. Raises ``zero_weight_sum`` if it cannot normalise."""
-    weights = ctx.weights(stack)
-    assert isinstance(ctx.params, LinearParams)
-    if ctx.params.normalize:
-        total = float(weights.sum())
-        if abs(total) < 1e-8:
-            raise InputError(
-                "zero_weight_sum",
-                f"the weights of the models that have {stack.names[0]} sum to zero",
-                remedy="Set `normalize: false` or change the weights.",
-                where={"module": stack.names[0], "field": "parameters.normalize"},
-            )
-        weights = weights / total
-    B, A = stack.scaled(weights).joined()
+    B, A = stack.scaled(_weights(stack, ctx)).joined()
     return Merged(LowRank(B, A))
 
 
+def truncated_sum(stack: UpdateStack, ctx: Context) -> Merged:
+    """The sum cut to ``ctx.rank``; only the leading directions are lifted out of the frame."""
+    frame = joint_frame(stack)
+    B, A = frame.cores.scaled(_weights(stack, ctx)).joined()
+    core = core_svd(B @ A)
+    rank = min(ctx.rank or core.S.shape[-1], core.S.shape[-1])
+    head = core.head(rank)
+    dtype = frame.left.dtype
+    lifted = ThinSVD(frame.left @ head.U.to(dtype), head.S, head.Vh.to(dtype) @ frame.right)
+    return Merged(lifted, (core.S[..., rank:] ** 2).sum(-1))
+
+
+def _weights(stack: UpdateStack, ctx: Context) -> Tensor:
+    weights = ctx.weights(stack)
+    assert isinstance(ctx.params, LinearParams)
+    if not ctx.params.normalize:
+        return weights
+    total = float(weights.sum())
+    if abs(total) < 1e-8:
+        raise InputError(
+            "zero_weight_sum",
+            f"the weights of the models that have {stack.names[0]} sum to zero",
+            remedy="Set `normalize: false` or change the weights.",
+            where={"module": stack.names[0], "field": "parameters.normalize"},
+        )
+    return weights / torch.tensor(total, dtype=weights.dtype)
+
+
 linear = Local(weighted_sum)
-svd = Local(weighted_sum)
+svd = Local(truncated_sum)

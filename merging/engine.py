@@ -1,0 +1,178 @@
+"""Run a recipe: check it, merge module by module, write the result directory in one atomic step."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from merging import catalog, execute
+from merging.compress import RankRule
+from merging.errors import Cancelled, InputError, MergeError, MergeFailure
+from merging.formats.result_dir import ResultDirectory
+from merging.kernels import Context
+from merging.planning import Prepared, Resolve, prepare
+from merging.recipe import Recipe
+from merging.report import Findings, build_report
+from merging.result import write_result
+from merging.spool import Spool
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a merge is: ``done`` of ``total`` steps."""
+
+    phase: str
+    done: int
+    total: int
+    message: str = ""
+
+
+ProgressCallback = Callable[[Progress], None]
+
+
+@dataclass(frozen=True)
+class MergeResult:
+    """A finished merge: where it lies and what it is. ``files`` maps names to sha256 digests."""
+
+    path: Path
+    recipe_digest: str
+    report: dict[str, Any]
+    seconds: float
+    files: dict[str, str]
+
+
+def merge(
+    recipe: Any,
+    out_dir: str | Path,
+    *,
+    device: str = "auto",
+    threads: int | None = None,
+    progress: ProgressCallback | None = None,
+    resolve: Resolve | None = None,
+    overwrite: bool = False,
+) -> MergeResult:
+    """Merge as ``recipe`` says (a :class:`Recipe`, a mapping or a path) and write ``out_dir`` atomically.
+
+    ``device`` is ``auto``, ``cpu`` or ``cuda[:i]``; ``threads`` defaults to the number of cores and never
+    changes the result; ``resolve`` maps model references to local folders; ``progress`` may raise
+    :class:`Cancelled`. Raises :class:`InputError` for bad input and :class:`MergeFailure` if the work
+    fails; then nothing is left at ``out_dir``.
+    """
+    started = time.perf_counter()
+    loaded = Recipe.load(recipe)
+    where = pick_device(device)
+    steps = _Steps(progress)
+    steps.say("prepare")
+    with ResultDirectory(Path(out_dir), overwrite=overwrite) as result:
+        with prepare(loaded, resolve=resolve) as prepared, execute.single_threaded():
+            try:
+                digest, report, files = _run(
+                    prepared, result.path, device=where, threads=threads, steps=steps
+                )
+            except torch.OutOfMemoryError as error:
+                raise MergeFailure(
+                    "out_of_memory",
+                    f"the merge does not fit into the memory of {where}",
+                    remedy="Use `device: cpu`, a smaller space, or a larger device.",
+                ) from error
+        steps.say("publish")
+    return MergeResult(Path(out_dir), digest, report, time.perf_counter() - started, files)
+
+
+def pick_device(name: str) -> torch.device:
+    """A torch device from ``auto``, ``cpu`` or ``cuda[:i]``. Raises ``device_unavailable``."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    kind, _, index = name.partition(":")
+    if kind not in ("cpu", "cuda") or (index and not index.isdigit()) or (kind == "cpu" and index):
+        raise InputError(
+            "unknown_device",
+            f"unknown device {name!r}",
+            remedy="Use auto, cpu, cuda or cuda:<index>.",
+            where={"field": "device"},
+        )
+    if kind == "cuda" and (not torch.cuda.is_available() or int(index or 0) >= torch.cuda.device_count()):
+        raise InputError(
+            "device_unavailable",
+            f"the device {name!r} is not available on this machine",
+            remedy="Use `--device cpu` or `--device auto`.",
+            where={"field": "device"},
+        )
+    return torch.device(name)
+
+
+def default_threads() -> int:
+    """One thread per core this process may use, at most eight."""
+    return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+
+
+def _run(
+    prepared: Prepared, folder: Path, *, device: torch.device, threads: int | None, steps: _Steps
+) -> tuple[str, dict[str, Any], dict[str, str]]:
+    recipe = prepared.recipe
+    digests = tuple(adapter.digest for adapter in prepared.adapters)
+    digest = recipe.digest(dict(zip(prepared.labels, digests, strict=True)))
+    findings = Findings(prepared)
+    method = prepared.resolved.method
+    context = Context(
+        params=prepared.resolved.params,
+        per_model=prepared.resolved.per_model,
+        digests=digests,
+        space=prepared.resolved.space,
+        seed=recipe.seed,
+        warn=findings.warn,
+    )
+    runner = execute.Runner(
+        prepared,
+        catalog.load_kernel(method),
+        context,
+        RankRule(recipe.output.rank, recipe.output.energy, recipe.output.max_rank),
+        device,
+        1 if device.type != "cpu" else threads or default_threads(),
+    )
+    steps.total = runner.passes() * len(execute.units(prepared, device)) + 1
+    with Spool(folder) as spool:
+        for outcome in runner.surveyed(steps.tick).outcomes(steps.tick):
+            for key, factor in (("B", outcome.B), ("A", outcome.A)):
+                if factor is not None:
+                    spool.put(f"{outcome.name}.{key}", factor)
+            findings.add(outcome)
+        findings.settle_lambda()
+        report = build_report(findings, digest, device.type)
+        files = write_result(folder, findings, spool, report)
+    steps.tick("write")
+    return digest, report, files
+
+
+class _Steps:
+    """Counts steps and tells the callback."""
+
+    def __init__(self, callback: ProgressCallback | None) -> None:
+        self._callback = callback
+        self._done = 0
+        self.total = 1
+
+    def tick(self, phase: str) -> None:
+        self._done += 1
+        self.say(phase)
+
+    def say(self, phase: str) -> None:
+        if self._callback is not None:
+            self._callback(Progress(phase, self._done, self.total, phase))
+
+
+__all__ = [
+    "Cancelled",
+    "MergeError",
+    "MergeResult",
+    "Progress",
+    "default_threads",
+    "merge",
+    "pick_device",
+]

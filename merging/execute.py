@@ -1,0 +1,209 @@
+"""Run a prepared merge batch by batch: load factors, call the kernel, compress, measure.
+
+Batches are independent, so a pool of threads works on them while their results are taken in a fixed order.
+Every batch is computed with one torch thread, whatever the size of the pool: the same numbers in the same
+order of operations, hence the same bytes.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import islice
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from merging.compress import RankRule, compress
+from merging.kernels import Context, Kernel
+from merging.lowrank import inner, squared_norm
+from merging.planning import Batch, Prepared
+from merging.updates import LowRank, UpdateStack
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+CPU_BATCH_NUMBERS = 1 << 21
+"""Factor entries per batch on a CPU, where batching saves only call overhead."""
+
+CUDA_BATCH_NUMBERS = 1 << 28
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The merged update of one module and how it relates to the inputs.
+
+    ``B (m, r)`` and ``A (r, n)`` are on the CPU, unscaled by ``lambda``; ``None`` stands for an identity.
+    ``input_norms``, ``inner`` (with the merged update) are per task of ``tasks``, in float64.
+    """
+
+    name: str
+    tasks: tuple[int, ...]
+    ranks: tuple[int, ...]
+    m: int
+    n: int
+    rank: int
+    B: Tensor | None
+    A: Tensor | None
+    norm: float
+    discarded: float
+    input_norms: tuple[float, ...]
+    inner: tuple[float, ...]
+
+
+def units(prepared: Prepared, device: torch.device) -> list[Batch]:
+    """The batches cut to a size that fits; independent of the number of threads."""
+    limit = CPU_BATCH_NUMBERS if device.type == "cpu" else CUDA_BATCH_NUMBERS
+    pieces: list[Batch] = []
+    for batch in prepared.batches:
+        per_module = (batch.m + batch.n) * batch.R
+        if prepared.resolved.space == "full":
+            per_module = len(batch.tasks) * batch.m * batch.n
+        elif prepared.resolved.space == "knots":
+            per_module = len(batch.tasks) * batch.R * batch.n
+        size = max(1, limit // per_module)
+        names = iter(batch.names)
+        while chunk := tuple(islice(names, size)):
+            pieces.append(replace(batch, names=chunk))
+    return pieces
+
+
+def load_stack(prepared: Prepared, batch: Batch, device: torch.device) -> UpdateStack:
+    """Read the factors of a batch; float32, or float64 where an input is stored so."""
+    B: list[Tensor] = []
+    A: list[Tensor] = []
+    dtype = torch.float32
+    pairs = [[prepared.adapters[task].factors(name) for name in batch.names] for task in batch.tasks]
+    if any(B.dtype == torch.float64 for row in pairs for B, _ in row):
+        dtype = torch.float64
+    for row in pairs:
+        B.append(torch.stack([B for B, _ in row]).to(device=device, dtype=dtype))
+        A.append(torch.stack([A for _, A in row]).to(device=device, dtype=dtype))
+    return UpdateStack(batch.names, batch.tasks, tuple(B), tuple(A))
+
+
+@dataclass(frozen=True)
+class Runner:
+    """A prepared merge with its kernel, ready to run."""
+
+    prepared: Prepared
+    kernel: Kernel
+    context: Context
+    rule: RankRule
+    device: torch.device
+    threads: int
+
+    def surveyed(self, tick: Callable[[str], None]) -> Runner:
+        """The runner after the kernel's passes over the whole model, if it takes any."""
+        runner = self
+        for index in range(self.kernel.surveys(self.context)):
+            partials = list(runner._map(partial(runner._survey, index), tick, "survey"))
+            shared = self.kernel.reduce(index, partials, runner.context)
+            runner = replace(runner, context=replace(runner.context, shared=shared))
+        return runner
+
+    def outcomes(self, tick: Callable[[str], None]) -> Iterator[Outcome]:
+        """The merged modules in the order of the batches."""
+        for results in self._map(self._merge, tick, "merge"):
+            yield from results
+
+    def passes(self) -> int:
+        """How many times each batch is visited."""
+        return 1 + self.kernel.surveys(self.context)
+
+    def _map(
+        self, function: Callable[[Batch], Result], tick: Callable[[str], None], phase: str
+    ) -> Iterator[Result]:
+        pieces = units(self.prepared, self.device)
+        for _batch, result in in_order(function, pieces, self.threads):
+            yield result
+            tick(phase)
+
+    def _survey(self, index: int, batch: Batch) -> Any:
+        stack = load_stack(self.prepared, batch, self.device)
+        return self.kernel.survey(index, stack, self.context)
+
+    def _merge(self, batch: Batch) -> list[Outcome]:
+        stack = load_stack(self.prepared, batch, self.device)
+        rule = self.rule
+        if rule.exact and self.prepared.resolved.method.name == "svd":
+            rule = replace(rule, rank=max(batch.ranks))
+        context = replace(self.context, rank=rule.ceiling if rule.energy is None else None)
+        merged = self.kernel.merge(stack, context)
+        done = compress(merged, rule, seed=context.seed, names=batch.names)
+        return outcomes(stack, done.update, done.ranks, done.discarded)
+
+
+def outcomes(stack: UpdateStack, update: LowRank, ranks: Tensor, discarded: Tensor) -> list[Outcome]:
+    """Cut a batch into modules and measure each against its inputs."""
+    norms = squared_norm(update).clamp_min(0.0).sqrt().cpu()
+    tasks = [LowRank(B, A) for B, A in zip(stack.B, stack.A, strict=True)]
+    input_norms = torch.stack([squared_norm(task).sqrt() for task in tasks], dim=1).cpu()
+    products = torch.stack([inner(task, update) for task in tasks], dim=1).cpu()
+    B = None if update.B is None else update.B.cpu()
+    A = None if update.A is None else update.A.cpu()
+    found = []
+    for g, name in enumerate(stack.names):
+        rank = int(ranks[g])
+        found.append(
+            Outcome(
+                name=name,
+                tasks=stack.tasks,
+                ranks=stack.ranks,
+                m=stack.m,
+                n=stack.n,
+                rank=rank,
+                B=None if B is None else B[g, :, :rank],
+                A=None if A is None else A[g, :rank],
+                norm=float(norms[g]),
+                discarded=float(discarded[g]),
+                input_norms=tuple(input_norms[g].tolist()),
+                inner=tuple(products[g].tolist()),
+            )
+        )
+    return found
+
+
+def in_order(
+    function: Callable[[Item], Result], items: Sequence[Item], threads: int
+) -> Iterator[tuple[Item, Result]]:
+    """Map with ``threads`` threads, yield in order, keep at most ``threads + 1`` results in flight."""
+    if threads <= 1:
+        for item in items:
+            yield item, function(item)
+        return
+
+    def task(item: Item) -> Result:
+        torch.set_num_threads(1)
+        return function(item)
+
+    waiting: deque[tuple[Item, Future[Result]]] = deque()
+    remaining = iter(items)
+    with ThreadPoolExecutor(threads, thread_name_prefix="merge") as pool:
+        try:
+            for item in islice(remaining, threads + 1):
+                waiting.append((item, pool.submit(task, item)))
+            while waiting:
+                item, future = waiting.popleft()
+                yield item, future.result()
+                for following in islice(remaining, 1):
+                    waiting.append((following, pool.submit(task, following)))
+        finally:
+            for _, future in waiting:
+                future.cancel()
+
+
+@contextmanager
+def single_threaded() -> Iterator[None]:
+    """One torch thread inside; the caller's number afterwards."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,190 @@
+"""What a merge did: collected module by module, told in ``report.json``."""
+
+from __future__ import annotations
+
+import math
+import platform
+from typing import Any
+
+from merging.catalog.spec import MethodParams
+from merging.execute import Outcome
+from merging.planning import Prepared
+
+
+class Findings:
+    """Collects outcomes (without their tensors) and warnings; settles ``lambda``."""
+
+    def __init__(self, prepared: Prepared) -> None:
+        self.prepared = prepared
+        self.modules: list[dict[str, Any]] = []
+        self.warnings: list[dict[str, str]] = []
+        self.lambda_ = 1.0
+        self._squares = [0.0] * len(prepared.adapters)
+        self._inner = [0.0] * len(prepared.adapters)
+        self._norm2 = 0.0
+        self._discarded = 0.0
+        for adapter in prepared.adapters:
+            for text in adapter.warnings:
+                self.warn("adapter_warning", f"{adapter.label}: {text}")
+        for text in prepared.table.warnings:
+            self.warn("inputs_warning", text)
+
+    def warn(self, code: str, message: str) -> None:
+        """Note something the user should know; repeated messages count once."""
+        entry = {"code": code, "message": message}
+        if entry not in self.warnings:
+            self.warnings.append(entry)
+
+    def add(self, outcome: Outcome) -> None:
+        """Note one merged module."""
+        self.modules.append(
+            {
+                "name": outcome.name,
+                "m": outcome.m,
+                "n": outcome.n,
+                "rank": outcome.rank,
+                "norm": outcome.norm,
+                "discarded": outcome.discarded,
+                "tasks": outcome.tasks,
+                "ranks": outcome.ranks,
+                "input_norms": outcome.input_norms,
+                "inner": outcome.inner,
+            }
+        )
+        self._norm2 += outcome.norm**2
+        self._discarded += outcome.discarded
+        for task, norm, product in zip(outcome.tasks, outcome.input_norms, outcome.inner, strict=True):
+            self._squares[task] += norm**2
+            self._inner[task] += product
+
+    def settle_lambda(self) -> float:
+        """The number that ``lambda`` stands for.
+
+        ``auto`` makes the norm of the merged update (over the whole model) the method's documented
+        multiple of the mean norm of the inputs.
+        """
+        self.modules.sort(key=lambda module: str(module["name"]))
+        params: MethodParams = self.prepared.resolved.params
+        wanted = self.prepared.resolved.method.auto_norm
+        if params.lambda_ != "auto":
+            self.lambda_ = float(params.lambda_)
+        elif wanted is None or self._norm2 == 0.0:
+            self.lambda_ = 1.0
+        else:
+            self.lambda_ = wanted * self.mean_input_norm() / math.sqrt(self._norm2)
+        return self.lambda_
+
+    def mean_input_norm(self) -> float:
+        """The mean over the models of the Frobenius norm of their whole update."""
+        return sum(math.sqrt(square) for square in self._squares) / len(self._squares)
+
+    def summary(self) -> dict[str, Any]:
+        """The whole model in one place; norms and inner products add up over modules."""
+        factor = self.lambda_
+        norm = math.sqrt(self._norm2) * abs(factor)
+        ranks = [module["rank"] for module in self.modules]
+        total = self._norm2 + self._discarded
+        return {
+            "modules": len(self.modules),
+            "lambda": factor,
+            "norm": norm,
+            "norm_ratio": _ratio(norm, self.mean_input_norm()),
+            "min_rank": min(ranks, default=0),
+            "max_rank": max(ranks, default=0),
+            "discarded_energy": _ratio(self._discarded, total),
+            "inputs": [
+                {
+                    "model": adapter.label,
+                    "norm": math.sqrt(square),
+                    **_relation(norm, square, factor * product),
+                }
+                for adapter, square, product in zip(
+                    self.prepared.adapters, self._squares, self._inner, strict=True
+                )
+            ],
+        }
+
+    def module_entries(self) -> dict[str, dict[str, Any]]:
+        """Per module: shapes, ranks, norms, discarded energy, and the relation to each input."""
+        return {module["name"]: self._entry(module) for module in self.modules}
+
+    def _entry(self, module: dict[str, Any]) -> dict[str, Any]:
+        norm = module["norm"] * abs(self.lambda_)
+        labels = self.prepared.labels
+        return {
+            "m": module["m"],
+            "n": module["n"],
+            "rank": module["rank"],
+            "norm": norm,
+            "discarded_energy": _ratio(module["discarded"], module["norm"] ** 2 + module["discarded"]),
+            "inputs": [
+                {
+                    "model": labels[task],
+                    "rank": rank,
+                    "norm": input_norm,
+                    **_relation(norm, input_norm**2, self.lambda_ * product),
+                }
+                for task, rank, input_norm, product in zip(
+                    module["tasks"], module["ranks"], module["input_norms"], module["inner"], strict=True
+                )
+            ],
+        }
+
+
+def build_report(findings: Findings, digest: str, device: str) -> dict[str, Any]:
+    """The content of ``report.json``: the same for the same recipe, inputs, seed, device and versions."""
+    prepared = findings.prepared
+    return {
+        "recipe_digest": digest,
+        "method": prepared.resolved.method.name,
+        "space": prepared.resolved.space,
+        "seed": prepared.recipe.seed,
+        "device": device,
+        "versions": versions(),
+        "inputs": [
+            {
+                "model": adapter.label,
+                "digest": adapter.digest,
+                "format": adapter.format,
+                "base_model": adapter.base_model,
+                "base_revision": adapter.base_revision,
+                "parameters": params.model_dump(mode="json", by_alias=True),
+            }
+            for adapter, params in zip(prepared.adapters, prepared.resolved.per_model, strict=True)
+        ],
+        "summary": findings.summary(),
+        "modules": findings.module_entries(),
+        "warnings": findings.warnings,
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions that can change bytes."""
+    import numpy as np
+    import torch
+
+    from merging import __version__
+
+    return {
+        "merganser": __version__,
+        "torch": str(torch.__version__),
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def _relation(norm: float, square: float, product: float) -> dict[str, float | None]:
+    """Cosine, retention ``<M, D> / |D|^2`` and relative error ``|M - D| / |D|`` of merged M and input D."""
+    if square == 0.0:
+        return {"cosine": None, "retention": None, "relative_error": None}
+    size = math.sqrt(square)
+    error = max(norm**2 - 2.0 * product + square, 0.0)
+    return {
+        "cosine": product / (norm * size) if norm > 0.0 else None,
+        "retention": product / square,
+        "relative_error": math.sqrt(error) / size,
+    }
+
+
+def _ratio(part: float, whole: float) -> float:
+    return part / whole if whole > 0.0 else 0.0

@@ -1,0 +1,156 @@
+"""Write the result directory: weights, configuration, card, resolved recipe, report."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from merging.card import model_card
+from merging.formats import peft_out
+from merging.formats.writer import TensorSpec, write_safetensors
+from merging.planning import Prepared
+from merging.report import Findings
+from merging.spool import Spool
+
+DELTA_NAME = "delta.safetensors"
+
+
+def write_result(folder: Path, findings: Findings, spool: Spool, report: dict[str, Any]) -> dict[str, str]:
+    """Write every file of a single-output merge into ``folder``; file names to sha256 digests."""
+    prepared = findings.prepared
+    recipe = prepared.recipe
+    metadata = {
+        "format": "pt",
+        "merganser.recipe_digest": report["recipe_digest"],
+        "merganser.method": prepared.resolved.method.name,
+        "merganser.version": report["versions"]["merganser"],
+    }
+    files: dict[str, str] = {}
+    if recipe.output.format == "delta":
+        files[DELTA_NAME] = _write_delta(folder / DELTA_NAME, findings, spool, metadata)
+    else:
+        files.update(_write_adapter(folder, findings, spool, metadata))
+    card = model_card(recipe, prepared.resolved.method, report, prepared.table.base_model)
+    files["README.md"] = write_text(folder / "README.md", card)
+    files["merge.yaml"] = write_text(folder / "merge.yaml", recipe.to_yaml())
+    files["report.json"] = write_text(folder / "report.json", json.dumps(report, indent=1) + "\n")
+    return dict(sorted(files.items()))
+
+
+def write_text(path: Path, text: str) -> str:
+    """Write a new text file; its sha256."""
+    data = text.encode()
+    with path.open("xb") as file:
+        file.write(data)
+    return hashlib.sha256(data).hexdigest()
+
+
+def result_modules(findings: Findings) -> list[peft_out.ResultModule]:
+    """The modules of the result by name, with the ranks that are written."""
+    prepared = findings.prepared
+    ranks = peft_out.result_ranks({module["name"]: module["rank"] for module in findings.modules})
+    if prepared.recipe.output.uniform_rank and ranks:
+        highest = max(ranks.values())
+        ranks = dict.fromkeys(ranks, highest)
+    found = []
+    for name in sorted(ranks):
+        module = prepared.module(name)
+        found.append(
+            peft_out.ResultModule(name, module.kind, module.m, module.n, ranks[name], module.weight_shape)
+        )
+    return found
+
+
+def _write_adapter(
+    folder: Path, findings: Findings, spool: Spool, metadata: dict[str, str]
+) -> dict[str, str]:
+    prepared = findings.prepared
+    modules = result_modules(findings)
+    full = full_tensors(prepared)
+    specs = [spec for module in modules for spec in peft_out.factor_specs(module, prepared.dtype)]
+    specs += [spec for spec, _ in full]
+
+    def tensors() -> Iterator[Tensor]:
+        for module in modules:
+            B, A = load_factors(spool, module, findings.lambda_)
+            yield from peft_out.factor_tensors(module, B, A)
+        for _, make in full:
+            yield make()
+
+    weights = write_safetensors(folder / peft_out.WEIGHTS_NAME, specs, tensors(), metadata)
+    table = prepared.table
+    config = peft_out.adapter_config(
+        modules,
+        base_model=table.base_model,
+        revision=table.base_revision,
+        task_type=table.task_type,
+        fan_in_fan_out=table.fan_in_fan_out,
+        modules_to_save=table.modules_to_save,
+    )
+    return {
+        peft_out.WEIGHTS_NAME: weights,
+        peft_out.CONFIG_NAME: peft_out.write_adapter_config(folder, config),
+    }
+
+
+def load_factors(spool: Spool, module: peft_out.ResultModule, factor: float) -> tuple[Tensor, Tensor]:
+    """``B (m, k)`` and ``A (k, n)`` of a module times ``factor``; identities are written out."""
+    B = spool.get(f"{module.name}.B") if f"{module.name}.B" in spool else None
+    A = spool.get(f"{module.name}.A") if f"{module.name}.A" in spool else None
+    if B is None:
+        assert A is not None
+        return torch.eye(module.m, dtype=A.dtype), A * factor
+    if A is None:
+        return B * factor, torch.eye(module.n, dtype=B.dtype)
+    return B * factor, A
+
+
+def _write_delta(path: Path, findings: Findings, spool: Spool, metadata: dict[str, str]) -> str:
+    """A task-vector file: the update of every base weight, in the base's own shape."""
+    prepared = findings.prepared
+    modules = result_modules(findings)
+    names = [module.name for module in modules]
+    specs = [TensorSpec(f"{m.name}.weight", prepared.dtype, m.weight_shape) for m in modules]
+
+    def tensors() -> Iterator[Tensor]:
+        for module, name in zip(modules, names, strict=True):
+            B = spool.get(f"{name}.B") if f"{name}.B" in spool else None
+            A = spool.get(f"{name}.A") if f"{name}.A" in spool else None
+            product = A if B is None else B if A is None else B @ A
+            assert product is not None
+            delta = product * findings.lambda_
+            stored = prepared.module(name)
+            transposed = stored.kind == "embedding" or stored.fan_in_fan_out
+            yield (delta.mT if transposed else delta).reshape(module.weight_shape).contiguous()
+
+    return write_safetensors(path, specs, tensors(), {**metadata, "merge.kind": "task_vector"})
+
+
+def full_tensors(prepared: Prepared) -> list[tuple[TensorSpec, Any]]:
+    """Specs and makers of the fully trained tensors that the recipe asks to keep."""
+    return [
+        (TensorSpec(peft_out.full_key(name), full.dtype, full.shape), _maker(prepared, name, full.sources))
+        for name, full in prepared.table.full_tensors.items()
+    ]
+
+
+def _maker(prepared: Prepared, name: str, models: tuple[int, ...]) -> Any:
+    def make() -> Tensor:
+        tensors = [prepared.adapters[t].full_tensor(name) for t in models]
+        if len(tensors) == 1:
+            return tensors[0]
+        total = tensors[0].double()
+        for tensor in tensors[1:]:
+            total = total + tensor.double()
+        return total / len(tensors)
+
+    return make
+
+
+__all__ = ["full_tensors", "load_factors", "result_modules", "write_result", "write_text"]
