@@ -1,0 +1,107 @@
+"""``merganser inspect``: what an adapter on disk holds; with several, how they relate."""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from service.cli_console import columns, print_json, say
+
+if TYPE_CHECKING:
+    from merging.formats.adapter import Adapter, Module
+
+
+def add_command(commands: Any) -> None:
+    """Add ``inspect`` to argparse's ``commands``."""
+    inspect = commands.add_parser(
+        "inspect",
+        help="show what an adapter holds",
+        description="Show format, ranks, scales, modules and warnings of an adapter.",
+    )
+    inspect.add_argument("paths", type=Path, nargs="+", metavar="PATH", help="adapter directory")
+    inspect.add_argument("--json", action="store_true", help="print JSON")
+    inspect.set_defaults(run=_inspect)
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    from merging.formats.adapter import open_adapter
+
+    described = []
+    for path in args.paths:
+        adapter = open_adapter(path)
+        try:
+            described.append(describe(adapter))
+        finally:
+            adapter.close()
+    if args.json:
+        print_json(described[0] if len(described) == 1 else described)
+    else:
+        say("\n\n".join(_text(data) for data in described))
+    return 0
+
+
+def describe(adapter: Adapter) -> dict[str, Any]:
+    """Plain data about an adapter, from its headers and configuration only."""
+    modules = adapter.modules.values()
+    return {
+        "path": str(adapter.path),
+        "format": adapter.format,
+        "base_model": adapter.base_model,
+        "base_revision": adapter.base_revision,
+        "digest": adapter.digest,
+        "parameters": sum(module.rank * (module.m + module.n) for module in modules),
+        "ranks": sorted({module.rank for module in modules}),
+        "scales": sorted({module.scale for module in modules}),
+        "dtypes": sorted({module.dtype for module in modules}),
+        "target_modules": sorted({_leaf(module) for module in modules}),
+        "modules": [_module(module) for module in modules],
+        "full_tensors": sorted(adapter.full_tensors),
+        "warnings": list(adapter.warnings),
+    }
+
+
+def _module(module: Module) -> dict[str, Any]:
+    return {
+        "name": module.name,
+        "kind": module.kind,
+        "m": module.m,
+        "n": module.n,
+        "rank": module.rank,
+        "scale": module.scale,
+        "dtype": module.dtype,
+    }
+
+
+def _leaf(module: Module) -> str:
+    return module.name.rpartition(".")[2]
+
+
+def _text(data: dict[str, Any]) -> str:
+    base = data["base_model"] or "not named"
+    if data["base_revision"]:
+        base += f" @ {data['base_revision']}"
+    groups = Counter(
+        (
+            module["name"].rpartition(".")[2],
+            module["kind"],
+            f"{module['m']} x {module['n']}",
+            module["rank"],
+            module["scale"],
+            module["dtype"],
+        )
+        for module in data["modules"]
+    )
+    rows = [(*group, count) for group, count in sorted(groups.items())]
+    lines = [
+        f"{data['path']}: {data['format']} adapter",
+        f"base model  {base}",
+        f"parameters  {data['parameters']:,} in {len(data['modules'])} modules",
+        f"digest      sha256 {data['digest']}",
+        "",
+        columns(rows, ("MODULE", "KIND", "SHAPE", "RANK", "SCALE", "DTYPE", "COUNT")),
+    ]
+    lines += [f"full tensor: {key}" for key in data["full_tensors"]]
+    lines += [f"warning: {warning}" for warning in data["warnings"]]
+    return "\n".join(lines)
