@@ -22,7 +22,7 @@ MAX_PATTERN_LENGTH = 512
 MAX_REGEXES = 256
 MAX_REGEX_LENGTH = 256
 MAX_PROGRAM = 2_000
-MAX_WORK = 1_000_000
+MAX_WORK = 500_000
 """Budget of one table, in units of about a microsecond in the worst case."""
 
 # A path: an optional '^', then plain characters, escaped punctuation or '.' (any character), maybe '$'.
