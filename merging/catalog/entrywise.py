@@ -107,6 +107,10 @@ DARE_PAPER = Paper(
     "2311.03099",
     "ICML 2024",
 )
+CORE_SPACE_PAPER = Paper(
+    "Accurate and Efficient Low-Rank Model Merging in Core Space", "2509.17786", "NeurIPS 2025"
+)
+KNOTS_PAPER = Paper("Model merging with SVD to tie the Knots", "2410.19735", "ICLR 2025")
 
 METHODS = (
     Method(
@@ -153,5 +157,29 @@ METHODS = (
         kernel="merging.methods.dare:dare_ties",
         auto_norm=1.7,
         presets={"paper": {"core_gauge": "asis"}, "mergekit": {"agg": "sum"}},
+    ),
+    Method(
+        name="core_space",
+        title="Core Space merging",
+        summary="TIES on the coordinates of Core Space; any other entry-wise method takes `space: core`.",
+        paper=CORE_SPACE_PAPER,
+        contract=Contract(spaces=("core",)),
+        Params=TiesParams,
+        kernel="merging.methods.ties:ties",
+        auto_norm=1.7,
+        presets={"paper": {"core_gauge": "asis"}, "mergekit": {"normalize": True}},
+        forced_space="core",
+    ),
+    Method(
+        name="knots",
+        title="KnOTS-TIES",
+        summary="TIES on the coordinates of KnOTS; any other entry-wise method takes `space: knots`.",
+        paper=KNOTS_PAPER,
+        contract=Contract(spaces=("knots",)),
+        Params=TiesParams,
+        kernel="merging.methods.ties:ties",
+        auto_norm=1.7,
+        presets={"paper": {"trim_scope": "global"}, "mergekit": {"normalize": True}},
+        forced_space="knots",
     ),
 )
