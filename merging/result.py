@@ -92,6 +92,7 @@ def _write_adapter(
         task_type=table.task_type,
         fan_in_fan_out=table.fan_in_fan_out,
         modules_to_save=table.modules_to_save,
+        anchored_targets=table.anchored_targets,
     )
     return {
         peft_out.WEIGHTS_NAME: weights,

@@ -9,6 +9,7 @@ from typing import Literal, Protocol
 
 from merging.errors import InputError
 from merging.formats.loaded import FACTOR_DTYPES, Adapter, Module
+from merging.formats.peft_config import AdapterConfig
 from merging.formats.peft_in import HEADS
 
 _SHOWN = 10
@@ -41,6 +42,8 @@ class Compatibility:
     ``modules`` maps each module (sorted) to the indices of the adapters that have it; ``full_tensors``
     maps the fully trained tensors of the result to their sources; ``modules_to_save`` names their
     modules as PEFT's configuration does. Base, revision and task type are None unless the adapters agree.
+    ``anchored_targets`` tells that some adapter chose its layers by more than a list of name endings, so
+    that such a list may not describe them.
     """
 
     modules: Mapping[str, tuple[int, ...]]
@@ -50,6 +53,7 @@ class Compatibility:
     base_revision: str | None
     task_type: str | None
     fan_in_fan_out: bool
+    anchored_targets: bool
     warnings: tuple[str, ...]
 
 
@@ -91,7 +95,14 @@ def check_compatible(
         base_revision=revision,
         task_type=tasks.pop() if len(tasks) == 1 else None,
         fan_in_fan_out=any(config.fan_in_fan_out for config in configs),
+        anchored_targets=any(map(_anchored, configs)),
         warnings=tuple(warnings),
+    )
+
+
+def _anchored(config: AdapterConfig) -> bool:
+    return not isinstance(config.target_modules, tuple) or bool(
+        config.exclude_modules or config.layers_to_transform is not None
     )
 
 

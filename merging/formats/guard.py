@@ -178,6 +178,9 @@ class _Check:
         """Parse ``{"__metadata__": {...}, name: {dtype, shape, data_offsets}, ...}``."""
         if raw[:1] != b"{":
             self.fail("header_not_json", "has a header that does not start with '{'")
+        # A field name cannot stand in a string with both its quotes, so this bounds the entries at once.
+        if raw.count(b'"data_offsets"') > self.limits.tensors + self.limits.metadata_entries:
+            self._too_many()
         tensors: dict[str, TensorInfo] = {}
         metadata: dict[str, str] | None = None
         position = _after_space(raw, 1)
@@ -202,7 +205,7 @@ class _Check:
             if name in tensors:
                 self.fail("duplicate_key", "is stated twice in the header", tensor=name)
             if len(tensors) >= self.limits.tensors:
-                self.fail("too_many_tensors", f"holds more than {self.limits.tensors} tensors")
+                self._too_many()
             entry = _ENTRY.match(raw, key.end())
             if entry is None:
                 self._not_json(key.end())
@@ -213,6 +216,9 @@ class _Check:
         if not tensors:
             self.fail("no_tensors", "holds no tensors")
         return tensors, metadata or {}
+
+    def _too_many(self) -> NoReturn:
+        self.fail("too_many_tensors", f"holds more than {self.limits.tensors} tensors")
 
     def _not_json(self, position: int) -> NoReturn:
         self.fail("header_not_json", f"has a header that is not valid at byte {position}")

@@ -55,6 +55,8 @@ class PatternTable:
     def lookup(self, path: str, default: float) -> float:
         """The value of the first pattern that hits the module ``path``, else ``default``."""
         best = len(self._values)
+        if not best:
+            return default
         starts = [0, *(dot.end() for dot in re.finditer(r"\.", path))]
         for start in starts:
             suffix = path[start:]

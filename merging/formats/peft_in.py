@@ -46,8 +46,8 @@ def read(source: Source, header: Header, label: str) -> Adapter:
     config = parse_adapter_config(source.config, file=CONFIG_NAME)
     pairs, full, notes = _sort_keys(header, file)
     reader = _Reader(file, header, config)
-    modules = {name: reader.module(name, roles) for name, roles in sorted(pairs.items())}
     reader.check_full(full)
+    modules = {name: reader.module(name, roles) for name, roles in sorted(pairs.items())}
     warnings = [*source.notes, *config.notes, *notes]
     silent = [name for name, module in modules.items() if module.scale == 0]
     if silent:

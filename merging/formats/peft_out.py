@@ -97,10 +97,13 @@ def adapter_config(
     task_type: str | None = None,
     fan_in_fan_out: bool = False,
     modules_to_save: Sequence[str] = (),
+    anchored_targets: bool = False,
 ) -> dict[str, Any]:
     """The fields of ``adapter_config.json`` for a result with these modules.
 
     A task type whose head PEFT would look for is only written when ``modules_to_save`` holds the head.
+    ``anchored_targets`` (of :class:`~merging.formats.compatible.Compatibility`) says that the base may
+    have layers that are not adapted though their names end like those of the result.
     Raises :class:`InputError` ``empty_result`` when there are no modules and :class:`ValueError` for
     ranks that :func:`result_ranks` would not give.
     """
@@ -118,13 +121,12 @@ def adapter_config(
     head = HEADS.get(task_type or "", ())
     if head and not any(name in modules_to_save for name in head):
         task_type = None
-    targets = sorted(ranks)
     return {
         "alpha_pattern": pattern,
         "auto_mapping": None,
         "base_model_name_or_path": base_model,
         "bias": "none",
-        "exclude_modules": _exclude(targets),
+        "exclude_modules": None,
         "fan_in_fan_out": fan_in_fan_out,
         "inference_mode": True,
         "init_lora_weights": True,
@@ -138,7 +140,7 @@ def adapter_config(
         "r": rank,
         "rank_pattern": dict(pattern),
         "revision": revision,
-        "target_modules": targets,
+        "target_modules": _targets(sorted(ranks), anchored_targets),
         "task_type": task_type,
         "use_dora": False,
         "use_rslora": False,
@@ -153,14 +155,14 @@ def write_adapter_config(folder: Path, config: Mapping[str, Any]) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def _exclude(targets: Sequence[str]) -> str | None:
-    """Names of one segment, which PEFT would also find at the end of longer paths, must not be."""
-    single = [
-        re.escape(name)
-        for name in targets
-        if "." not in name and not any(other.endswith(f".{name}") for other in targets)
-    ]
-    return rf".+\.(?:{'|'.join(single)})" if single else None
+def _targets(names: Sequence[str], anchored: bool) -> list[str] | str:
+    """The full names, or one regular expression that matches exactly these where a list would not.
+
+    PEFT also finds a listed name at the end of longer paths; only names of one segment are at risk.
+    """
+    if anchored and any("." not in name for name in names):
+        return "|".join(re.escape(name) for name in names)
+    return list(names)
 
 
 def _stored_shapes(module: ResultModule) -> tuple[tuple[int, ...], tuple[int, ...]]:

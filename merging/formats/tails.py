@@ -24,12 +24,13 @@ _REFUSED: tuple[tuple[str, str, str], ...] = (
     (r"(?:\A|\.)prompt_embeddings(?:\.|\Z)|(?:\A|\.)prompt_encoder\.",
      "prompt_learning_unsupported", "trained prompts"),
 )  # fmt: skip
+_ANY = re.compile("|".join(f"(?:{pattern})" for pattern, _, _ in _REFUSED))
 _PATTERNS = tuple((re.compile(pattern), code, what) for pattern, code, what in _REFUSED)
 
 
 def refuse_unsupported(keys: Iterable[str], file: str) -> None:
     """Raise for the first tensor that shows the adapter to be more than, or other than, a LoRA."""
-    for key in keys:
+    for key in filter(_ANY.search, keys):
         for pattern, code, what in _PATTERNS:
             if pattern.search(key):
                 raise InputError(

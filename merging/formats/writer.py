@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 
 __all__ = ["ResultDirectory", "TensorSpec", "build_header", "write_safetensors"]
 
-_CHUNK = 8 << 20
-
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
@@ -39,25 +37,27 @@ class TensorSpec:
         return math.prod(self.shape) * ITEM_BYTES[self.dtype]
 
 
-def build_header(specs: Sequence[TensorSpec], metadata: Mapping[str, str]) -> bytes:
-    """The first bytes of the file: the length and the JSON header, padded so that data is 8-byte aligned.
+def build_header(specs: Sequence[TensorSpec], metadata: Mapping[str, str]) -> tuple[bytes, list[int]]:
+    """The first bytes of the file and, for each spec, where its data starts after them.
 
-    Tensors lie in the order of ``specs``. Raises :class:`ValueError` for a repeated name, an unknown
-    dtype, or a tensor that would not be aligned to its own element size (put wide dtypes first).
+    The header is padded so that the data is 8-byte aligned, and wider dtypes lie first so that every
+    tensor is aligned to its own element size; else the order is that of ``specs``. Raises
+    :class:`ValueError` for a repeated name.
     """
+    offsets = [0] * len(specs)
+    reached = 0
+    for index in sorted(range(len(specs)), key=lambda index: -ITEM_BYTES[specs[index].dtype]):
+        offsets[index] = reached
+        reached += specs[index].nbytes
     header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
-    offset = 0
-    for spec in specs:
+    for spec, offset in zip(specs, offsets, strict=True):
         if spec.name in header or spec.name == "__metadata__":
             raise ValueError(f"the tensor name {spec.name!r} occurs twice")
-        if offset % ITEM_BYTES[spec.dtype]:
-            raise ValueError(f"tensor {spec.name} would be misaligned; write wider dtypes first")
-        end = offset + spec.nbytes
-        header[spec.name] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": [offset, end]}
-        offset = end
+        ends = [offset, offset + spec.nbytes]
+        header[spec.name] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": ends}
     text = json.dumps(header, separators=(",", ":"), allow_nan=False).encode()
     text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
+    return len(text).to_bytes(8, "little") + text, offsets
 
 
 def write_safetensors(
@@ -74,29 +74,26 @@ def write_safetensors(
     the tensors do not fit the specs, :class:`FileExistsError` when ``path`` exists.
     """
     path = Path(path)
-    digest = hashlib.sha256()
+    head, offsets = build_header(specs, metadata)
     source = iter(tensors)
-    with path.open("xb") as file:
+    with path.open("xb+") as file:
         try:
-            head = build_header(specs, metadata)
-            digest.update(head)
             file.write(head)
-            for spec in specs:
+            for spec, offset in zip(specs, offsets, strict=True):
                 data = _bytes_of(next(source, None), spec)
-                for start in range(0, len(data), _CHUNK):
-                    chunk = data[start : start + _CHUNK]
-                    digest.update(chunk)
-                    file.write(chunk)
+                file.seek(len(head) + offset)
+                file.write(data)
                 del data
             if next(source, None) is not None:
                 raise ValueError("more tensors than specs")
             file.flush()
             os.fsync(file.fileno())
+            file.seek(0)
+            return hashlib.file_digest(file, "sha256").hexdigest()
         except BaseException:
             with suppress(OSError):
                 path.unlink()
             raise
-    return digest.hexdigest()
 
 
 def _bytes_of(tensor: torch.Tensor | None, spec: TensorSpec) -> memoryview:

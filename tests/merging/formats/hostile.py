@@ -63,17 +63,23 @@ def _headers() -> Iterator[Case]:
     yield _weights("header_beyond_file", (500).to_bytes(8, "little") + b"{}", "safetensors_header_length")
     yield _weights("header_of_exabytes", b"\xff" * 8 + b"{}", "safetensors_header_too_large")
     yield _weights("header_of_one_byte", (1).to_bytes(8, "little") + b"{}", "safetensors_header_length")
-    yield _weights("header_spaces_first", pack(b" " + text.encode(), bytes(56)), "safetensors_header_not_json")
+    yield _weights(
+        "header_spaces_first", pack(b" " + text.encode(), bytes(56)), "safetensors_header_not_json"
+    )
     yield _weights("header_list", pack(b"[1]"), "safetensors_header_not_json")
     yield _weights("header_not_json", pack(b'{"a"}'), "safetensors_header_not_json")
     yield _weights("header_not_closed", pack(text[:-1].encode(), bytes(56)), "safetensors_header_not_json")
-    yield _weights("header_two_objects", pack(text.encode() + b"{}", bytes(56)), "safetensors_header_not_json")
+    yield _weights(
+        "header_two_objects", pack(text.encode() + b"{}", bytes(56)), "safetensors_header_not_json"
+    )
     yield _weights("header_not_utf8", pack(b'{"__metadata__":{"a":"\xff"}}'), "safetensors_header_not_json")
     yield _weights("no_tensors", pack({}), "safetensors_no_tensors")
     yield _weights("only_metadata", pack({"__metadata__": {"format": "pt"}}), "safetensors_no_tensors")
     yield _weights("metadata_numbers", pack({"__metadata__": {"a": 1}}), "safetensors_metadata")
     yield _weights("metadata_list", pack({"__metadata__": []}), "safetensors_metadata")
-    yield _weights("metadata_surrogate", pack(rb'{"__metadata__":{"a":"\ud800"}}'), "safetensors_header_not_json")
+    yield _weights(
+        "metadata_surrogate", pack(rb'{"__metadata__":{"a":"\ud800"}}'), "safetensors_header_not_json"
+    )
     twice = f"{{{one % A},{one % A}}}".encode()
     yield _weights("duplicate_tensor", pack(twice, bytes(4)), "safetensors_duplicate_key")
     field = b'{"a":{"dtype":"F32","dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
@@ -93,14 +99,18 @@ def _headers() -> Iterator[Case]:
     yield _weights("shape_overflow", _edited(shape=[1 << 62, 1 << 62, 6]), "safetensors_shape")
     yield _weights("shape_many_dims", _edited(shape=[1] * 9 + [6]), "safetensors_shape")
     yield _weights("shape_nan", pack(text.replace("[2, 3]", "[NaN]").encode()), "safetensors_header_not_json")
-    yield _weights("shape_long_number", pack(text.replace("[2, 3]", f"[{'9' * 400}]").encode()), "safetensors_header_not_json")  # fmt: skip
-    yield _weights("shape_nested", pack(text.replace("[2, 3]", "[" * 300 + "]" * 300).encode()), "safetensors_shape")  # fmt: skip
+    nines, nested = "[" + "9" * 400 + "]", "[" * 300 + "]" * 300
+    yield _weights(
+        "shape_long_number", pack(text.replace("[2, 3]", nines).encode()), "safetensors_header_not_json"
+    )
+    yield _weights("shape_nested", pack(text.replace("[2, 3]", nested).encode()), "safetensors_shape")
     yield _weights("entry_overlong", _edited(shape=[1] * 2000), "safetensors_header_entry")
     yield _weights("offsets_reversed", _edited(data_offsets=[24, 0]), "safetensors_offsets")
     yield _weights("offsets_three", _edited(data_offsets=[0, 24, 24]), "safetensors_offsets")
     yield _weights("overlap", _edited(B, data_offsets=[16, 48]), "safetensors_overlap")
     yield _weights("hole", _edited(B, data_offsets=[28, 60]), "safetensors_truncated")
-    yield _weights("hole_first", pack({A: {**entries(PAIR)[A], "data_offsets": [8, 32]}}, bytes(32)), "safetensors_hole")  # fmt: skip
+    shifted = {A: {**entries(PAIR)[A], "data_offsets": [8, 32]}}
+    yield _weights("hole_first", pack(shifted, bytes(32)), "safetensors_hole")
     yield _weights("trailing_bytes", good + b"\0", "safetensors_trailing")
     yield _weights("cut_short", good[:-4], "safetensors_truncated")
     yield _weights("name_empty", _named(""), "safetensors_name")
@@ -111,12 +121,23 @@ def _headers() -> Iterator[Case]:
     yield _weights("name_markup", _named("<script>.lora_A.weight"), "safetensors_name")
     yield _weights("name_megabyte", _named("a" * (1 << 20)), "safetensors_name")
     yield _weights("quarter_million_tensors", _many_tensors, "safetensors_too_many_tensors")
-    yield _weights("megabytes_of_quotes", lambda: pack(b'{"' + b'\\"' * (10 << 20)), "safetensors_header_not_json")
-    yield _weights("megabytes_of_braces", lambda: pack(b'{"a":' + b"{" * (20 << 20)), "safetensors_header_not_json")
-    yield _weights("megabytes_of_lists", lambda: pack(b'{"a":' + b"[" * (20 << 20)), "safetensors_header_not_json")
-    yield _weights("megabytes_of_spaces", lambda: pack(b"{" + b" " * (20 << 20)), "safetensors_header_not_json")
+    yield _weights(
+        "megabytes_of_quotes", lambda: pack(b'{"' + b'\\"' * (10 << 20)), "safetensors_header_not_json"
+    )
+    yield _weights(
+        "megabytes_of_braces", lambda: pack(b'{"a":' + b"{" * (20 << 20)), "safetensors_header_not_json"
+    )
+    yield _weights(
+        "megabytes_of_lists", lambda: pack(b'{"a":' + b"[" * (20 << 20)), "safetensors_header_not_json"
+    )
+    yield _weights(
+        "megabytes_of_spaces", lambda: pack(b"{" + b" " * (20 << 20)), "safetensors_header_not_json"
+    )
     yield _weights("megabytes_of_metadata", _many_metadata, "safetensors_metadata")
-    yield _weights("megabytes_of_digits", lambda: pack(b'{"a":{"shape":[' + b"9" * (20 << 20) + b"]}}"), "safetensors_header_entry")  # fmt: skip
+    digits = b'{"a":{"shape":[%s]}}'
+    yield _weights(
+        "megabytes_of_digits", lambda: pack(digits % (b"9" * (20 << 20))), "safetensors_header_entry"
+    )
 
 
 def _many_tensors() -> bytes:
@@ -154,10 +175,14 @@ def _contents() -> Iterator[Case]:
         data = pickle.dumps(_Payload(), protocol=protocol)
         yield _weights(f"pickle_renamed_{protocol}", data, "pickle_not_accepted")
     yield _weights("gzip_renamed", b"\x1f\x8b\x08" + bytes(40), "archive_not_accepted")
-    yield _weights("tar_renamed", b"a".ljust(257, b"\0") + b"ustar\x0000" + bytes(300), "archive_not_accepted")
+    yield _weights(
+        "tar_renamed", b"a".ljust(257, b"\0") + b"ustar\x0000" + bytes(300), "archive_not_accepted"
+    )
     yield _weights("gguf_renamed", b"GGUF\x03\0\0\0" + bytes(40), "gguf_not_accepted")
     yield _weights("hdf5_renamed", b"\x89HDF\r\n\x1a\n" + bytes(40), "hdf5_not_accepted")
-    yield _weights("lfs_pointer", b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n", "git_lfs_pointer")
+    yield _weights(
+        "lfs_pointer", b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n", "git_lfs_pointer"
+    )
     yield _weights("html_page", b"<!DOCTYPE html><html></html>", "safetensors_header_too_large")
 
 
@@ -221,7 +246,9 @@ def _configs() -> Iterator[Case]:
 def _patterns() -> Iterator[Case]:
     slow = "(a+)+b"
     shapes = {key.replace(".q.", f".{'a' * 60}."): shape for key, shape in PAIR.items()}
-    yield Case("pattern_slow", partial(write_adapter, shapes=shapes, r=3, rank_pattern={slow: 2}), "rank_mismatch")
+    yield Case(
+        "pattern_slow", partial(write_adapter, shapes=shapes, r=3, rank_pattern={slow: 2}), "rank_mismatch"
+    )
     for name, pattern in {
         "lookahead": "(?=q)q",
         "back_reference": "(q)\\1",
