@@ -1,0 +1,49 @@
+"""The API as one ASGI application."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI
+
+from merging import __version__
+from service import openapi, problems
+from service.deps import Services
+from service.hosts import HostCheck
+from service.routers import events, health, merges, methods, models
+from service.settings import Settings
+
+BODY_LIMIT = 2 << 20
+"""Most bytes of a JSON body; uploads of files have their own limit."""
+
+
+def create_app(settings: Settings) -> FastAPI:
+    """The application for these settings. Nothing is connected before it starts."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        app.state.services = Services.open(settings)
+        try:
+            yield
+        finally:
+            await app.state.services.close()
+
+    app = FastAPI(
+        title="Merganser",
+        version=__version__,
+        summary="Merge LoRA adapters over HTTP.",
+        description=openapi.DESCRIPTION,
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        max_body_size=BODY_LIMIT,
+        generate_unique_id_function=lambda route: route.name,
+        redirect_slashes=False,
+    )
+    problems.install(app)
+    app.add_middleware(HostCheck, settings=settings)
+    for module in (models, merges, events, methods, health):
+        app.include_router(module.router)
+    openapi.customise(app)
+    return app

@@ -1,0 +1,102 @@
+"""Connections to Redis and the names of its keys."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import redis
+import redis.asyncio
+from redis import exceptions
+from redis.asyncio.retry import Retry as AsyncRetry
+from redis.backoff import ExponentialWithJitterBackoff
+from redis.retry import Retry
+
+from merging.errors import InputError
+from service.settings import Settings
+
+TRANSIENT = (exceptions.ConnectionError, exceptions.TimeoutError, exceptions.BusyLoadingError)
+"""What a restarting or unreachable server raises."""
+
+QUEUES = ("merges",)
+"""The work queues, the first one served first."""
+
+TASK = "workers.tasks.run_merge"
+"""The job function, named and never imported here."""
+
+
+def connect(settings: Settings, *, patient: bool = False) -> redis.Redis:
+    """A client. A ``patient`` one (workers) bridges an outage of some 15 s; others give up within 1 s."""
+    attempts, cap = (20, 1.0) if patient else (4, 0.25)
+    return redis.Redis.from_url(
+        _url(settings),
+        retry=Retry(ExponentialWithJitterBackoff(base=0.05, cap=cap), attempts),
+        retry_on_error=list(TRANSIENT),
+        socket_connect_timeout=5,
+        socket_timeout=30,
+        health_check_interval=30,
+    )
+
+
+def connect_async(settings: Settings) -> redis.asyncio.Redis:
+    """A client for the event loop, for blocking reads of event streams."""
+    return redis.asyncio.Redis.from_url(
+        _url(settings),
+        retry=AsyncRetry(ExponentialWithJitterBackoff(base=0.05, cap=0.25), 4),
+        retry_on_error=list(TRANSIENT),
+        socket_connect_timeout=5,
+        socket_timeout=30,
+        max_connections=4096,
+    )
+
+
+def text(value: Any) -> str:
+    """An answer of the server as text."""
+    return value.decode() if isinstance(value, bytes) else str(value)
+
+
+def _url(settings: Settings) -> str:
+    if settings.redis_url is None:
+        raise InputError(
+            "redis_missing",
+            "no Redis server is named",
+            remedy="Set MERGANSER_REDIS_URL, or run `merganser up`, which brings its own",
+            where={"field": "MERGANSER_REDIS_URL"},
+        )
+    return settings.redis_url
+
+
+ACTIVE = "mg:active"
+"""Set of ``tenant/merge`` of all merges that have not ended."""
+
+UNSAVED = "mg:unsaved"
+"""Set of ``tenant/merge`` of all merges that have ended but whose end is not in storage yet."""
+
+
+def merge_key(tenant: str, merge_id: str) -> str:
+    """Hash: the record of one merge."""
+    return f"mg:{tenant}:merge:{merge_id}"
+
+
+def events_key(tenant: str, merge_id: str) -> str:
+    """Stream: the events of one merge."""
+    return f"mg:{tenant}:merge:{merge_id}:events"
+
+
+def merges_key(tenant: str, state: str | None = None) -> str:
+    """Sorted set by time of creation: all merges, or those in one state."""
+    return f"mg:{tenant}:merges:{state}" if state else f"mg:{tenant}:merges"
+
+
+def models_key(tenant: str) -> str:
+    """Sorted set by time of the last commit: the models' names."""
+    return f"mg:{tenant}:models"
+
+
+def revisions_key(tenant: str, model: str) -> str:
+    """Sorted set by time of commit: the revisions of one model."""
+    return f"mg:{tenant}:revisions:{model}"
+
+
+def staging_key(tenant: str, model: str) -> str:
+    """Hash: path -> digest and size of the files uploaded for the next revision."""
+    return f"mg:{tenant}:staging:{model}"

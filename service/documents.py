@@ -1,0 +1,106 @@
+"""The documents kept in storage: manifests of revisions and records of merges. Storage is the truth."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+MergeState = Literal["queued", "running", "cancelling", "succeeded", "failed", "cancelled"]
+STATES: tuple[MergeState, ...] = ("queued", "running", "cancelling", "succeeded", "failed", "cancelled")
+FINAL: tuple[MergeState, ...] = ("succeeded", "failed", "cancelled")
+
+
+class Document(BaseModel):
+    """Base of the stored documents: unknown keys are refused, so that a mix-up shows at once."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class FileEntry(Document):
+    """One file: its path inside the model, its sha256 (hex) and its bytes."""
+
+    path: str
+    sha256: str
+    size: int
+
+
+class Manifest(Document):
+    """An immutable revision of a model. ``revision`` is a digest of ``files``."""
+
+    model: str
+    revision: str
+    created_at: str
+    format: str
+    modules: int
+    rank: int
+    base_model: str | None = None
+    warnings: tuple[str, ...] = ()
+    files: tuple[FileEntry, ...]
+
+    def file(self, path: str) -> FileEntry | None:
+        """The entry of a path, or None."""
+        return next((entry for entry in self.files if entry.path == path), None)
+
+
+class MergeResult(Document):
+    """What a finished merge left: files under its attempt, and what the engine said about it."""
+
+    attempt: str
+    recipe_digest: str
+    seconds: float
+    files: tuple[FileEntry, ...]
+    summary: dict[str, Any] = Field(default_factory=dict)
+
+
+class MergeRecord(Document):
+    """One merge, from the request to its end."""
+
+    id: str
+    tenant: str
+    name: str | None = None
+    state: MergeState = "queued"
+    recipe: dict[str, Any]
+    created_at: str
+    started_at: str | None = None
+    finished_at: str | None = None
+    attempt: str | None = None
+    attempts: int = 0
+    phase: str = "queued"
+    progress: float = 0.0
+    message: str = ""
+    error: dict[str, Any] | None = None
+    result: MergeResult | None = None
+
+    @property
+    def ended(self) -> bool:
+        """Whether the state can no longer change."""
+        return self.state in FINAL
+
+
+def revision_of(files: tuple[FileEntry, ...]) -> str:
+    """The revision (40 hex) of a set of files: it changes if and only if a path or a content does."""
+    rows = sorted([entry.path, entry.sha256, entry.size] for entry in files)
+    return hashlib.sha256(json.dumps(rows, separators=(",", ":")).encode()).hexdigest()[:40]
+
+
+def manifest_key(tenant: str, model: str, revision: str) -> str:
+    """Where the manifest of a revision lies."""
+    return f"models/{tenant}/{model}/{revision}.json"
+
+
+def record_key(tenant: str, merge_id: str) -> str:
+    """Where the record of a merge lies."""
+    return f"merges/{tenant}/{merge_id}.json"
+
+
+def attempts_prefix(tenant: str, merge_id: str) -> str:
+    """Where the attempts of a merge lie."""
+    return f"merges/{tenant}/{merge_id}/attempts"
+
+
+def result_key(tenant: str, merge_id: str, attempt: str, path: str) -> str:
+    """Where one file of an attempt's result lies."""
+    return f"{attempts_prefix(tenant, merge_id)}/{attempt}/{path}"

@@ -1,0 +1,226 @@
+"""Models and their immutable revisions.
+
+A client uploads files one by one; they are staged for the next revision. ``commit`` opens them as an
+adapter and, if that succeeds, writes the manifest. Manifests live in storage; Redis holds the staged
+names and the order of models and revisions, and can be rebuilt.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import redis
+
+from merging.errors import MergeError
+from service.broker import models_key, revisions_key, staging_key, text
+from service.clock import millis, now
+from service.documents import FileEntry, Manifest, manifest_key, revision_of
+from service.errors import Conflict, NotFound, TooLarge
+from service.names import Reference
+from service.paging import page
+from service.storage import Blob, Storage, blob_key
+
+STAGING_SECONDS = 24 * 3600
+MAX_FILES = 1000
+
+# Forget staged files, but only those that are still what was committed.
+_UNSTAGE = """
+for i = 1, #ARGV, 2 do
+  if redis.call('HGET', KEYS[1], ARGV[i]) == ARGV[i + 1] then redis.call('HDEL', KEYS[1], ARGV[i]) end
+end
+"""
+
+
+class Registry:
+    """Models of all tenants. Every method takes the tenant first; another tenant's model does not exist.
+
+    ``workplace`` gives a fresh folder on the volume of the storage, removed at the end of its context.
+    """
+
+    def __init__(
+        self,
+        storage: Storage,
+        connection: redis.Redis,
+        workplace: Callable[[], AbstractContextManager[Path]],
+    ) -> None:
+        self._storage = storage
+        self._redis = connection
+        self._workplace = workplace
+
+    # the next revision
+
+    def stage(self, tenant: str, model: str, path: str, blob: Blob) -> FileEntry:
+        """Note an uploaded blob as a file of the next revision, replacing one of the same path."""
+        key = staging_key(tenant, model)
+        if not self._redis.hexists(key, path) and self._redis.hlen(key) >= MAX_FILES:
+            raise TooLarge("too_many_files", f"{model} would have more than {MAX_FILES} files")
+        with self._redis.pipeline() as pipe:
+            pipe.hset(key, path, json.dumps([blob.sha256, blob.size]))
+            pipe.expire(key, STAGING_SECONDS)
+            pipe.execute()
+        return FileEntry(path=path, sha256=blob.sha256, size=blob.size)
+
+    def commit(self, tenant: str, model: str) -> Manifest:
+        """Make a revision of the staged files.
+
+        Raises ``nothing_to_commit`` and every error of opening an adapter; the files then stay staged, so
+        that the client can replace the wrong one.
+        """
+        staged = {
+            text(path): text(value) for path, value in self._redis.hgetall(staging_key(tenant, model)).items()
+        }
+        if not staged:
+            raise Conflict(
+                "nothing_to_commit",
+                f"no file was uploaded for the next revision of {model}",
+                remedy="PUT its files first",
+            )
+        files = tuple(
+            FileEntry(path=path, sha256=sha256, size=size)
+            for path, (sha256, size) in sorted((path, json.loads(value)) for path, value in staged.items())
+        )
+        _refuse_nesting(files)
+        revision = revision_of(files)
+        manifest = self._load(tenant, model, revision) or self._create(tenant, model, revision, files)
+        self.index(tenant, manifest, moment=now())
+        arguments = [item for pair in staged.items() for item in pair]
+        self._redis.eval(_UNSTAGE, 1, staging_key(tenant, model), *arguments)
+        return manifest
+
+    def _create(self, tenant: str, model: str, revision: str, files: tuple[FileEntry, ...]) -> Manifest:
+        with self._workplace() as folder:
+            self._place(tenant, files, folder)
+            facts = _inspect(folder, model)
+        manifest = Manifest(model=model, revision=revision, created_at=now(), files=files, **facts)
+        self._storage.put_json(manifest_key(tenant, model, revision), manifest.model_dump(mode="json"))
+        return manifest
+
+    def index(self, tenant: str, manifest: Manifest, *, moment: str | None = None) -> None:
+        """Enter a revision into the order of revisions and its model into that of models."""
+        score = millis(moment or manifest.created_at)
+        with self._redis.pipeline() as pipe:
+            pipe.zadd(revisions_key(tenant, manifest.model), {manifest.revision: score})
+            pipe.zadd(models_key(tenant), {manifest.model: score}, gt=True)
+            pipe.execute()
+
+    # what there is
+
+    def models(self, tenant: str, *, limit: int, cursor: str | None) -> tuple[list[Manifest], str | None]:
+        """The newest revision of each model, the model committed last first, and the next cursor."""
+        names, following = page(self._redis, models_key(tenant), limit=limit, cursor=cursor)
+        return [found for name in names if (found := self._newest(tenant, name))], following
+
+    def revisions(
+        self, tenant: str, model: str, *, limit: int, cursor: str | None
+    ) -> tuple[list[Manifest], str | None]:
+        """The revisions of a model, the newest first. Raises ``model_not_found``."""
+        found, following = page(self._redis, revisions_key(tenant, model), limit=limit, cursor=cursor)
+        if not found and cursor is None:
+            raise _missing(model)
+        manifests = [self._load(tenant, model, revision) for revision in found]
+        return [manifest for manifest in manifests if manifest], following
+
+    def manifest(self, tenant: str, reference: Reference) -> Manifest:
+        """The manifest of a revision, by default the newest: ``model_not_found``, ``revision_not_found``."""
+        if reference.revision is None:
+            newest = self._newest(tenant, reference.model)
+            if newest is None:
+                raise _missing(reference.model)
+            return newest
+        found = self._load(tenant, reference.model, reference.revision)
+        if found is None:
+            raise NotFound(
+                "revision_not_found",
+                f"there is no revision {reference.revision} of {reference.model}",
+                where={"model": reference.model},
+            )
+        return found
+
+    def delete(self, tenant: str, reference: Reference) -> None:
+        """Remove one revision, or the model with all of its revisions.
+
+        The blobs stay until nothing refers to them and they are collected.
+        """
+        model = reference.model
+        if reference.revision is not None:
+            gone = [self.manifest(tenant, reference).revision]
+        else:
+            gone = [text(item) for item in self._redis.zrange(revisions_key(tenant, model), 0, -1)]
+            if not gone:
+                raise _missing(model)
+        for revision in gone:
+            self._storage.delete(manifest_key(tenant, model, revision))
+        with self._redis.pipeline() as pipe:
+            pipe.zrem(revisions_key(tenant, model), *gone)
+            pipe.exists(revisions_key(tenant, model))
+            left = pipe.execute()[-1]
+        if not left:
+            self._redis.zrem(models_key(tenant), model)
+
+    def place(self, tenant: str, manifest: Manifest, folder: Path) -> None:
+        """Bring the files of a revision into a folder, as links where possible; they are read-only."""
+        self._place(tenant, manifest.files, folder)
+
+    def _place(self, tenant: str, files: tuple[FileEntry, ...], folder: Path) -> None:
+        for entry in files:
+            self._storage.fetch(blob_key(tenant, entry.sha256), folder / entry.path)
+
+    def _newest(self, tenant: str, model: str) -> Manifest | None:
+        found = self._redis.zrevrange(revisions_key(tenant, model), 0, 0)
+        return self._load(tenant, model, text(found[0])) if found else None
+
+    def _load(self, tenant: str, model: str, revision: str) -> Manifest | None:
+        data = self._storage.get_json(manifest_key(tenant, model, revision))
+        return None if data is None else Manifest.model_validate(data)
+
+
+def _refuse_nesting(files: tuple[FileEntry, ...]) -> None:
+    paths = [entry.path for entry in files]
+    for path in paths:
+        inside = next((other for other in paths if other.startswith(f"{path}/")), None)
+        if inside:
+            raise Conflict(
+                "path_conflict",
+                f"{path} is a file and, in {inside}, a folder",
+                where={"file": path},
+            )
+
+
+def _inspect(folder: Path, model: str) -> dict[str, Any]:
+    """What the manifest says about the adapter in ``folder``; errors name the model, not the folder."""
+    from merging import load_adapter
+
+    try:
+        adapter = load_adapter(folder, label=model)
+    except MergeError as error:
+        raise hide_folder(error, folder) from None
+    try:
+        return {
+            "format": adapter.format,
+            "modules": len(adapter.modules),
+            "rank": max((module.rank for module in adapter.modules.values()), default=0),
+            "base_model": adapter.base_model,
+            "warnings": tuple(warning.replace(f"{folder}/", "") for warning in adapter.warnings),
+        }
+    finally:
+        adapter.close()
+
+
+def hide_folder(error: MergeError, folder: Path) -> MergeError:
+    """The same error without the path of a temporary folder, which says nothing to a client."""
+
+    def clean(value: str) -> str:
+        return value.replace(f"{folder}/", "").replace(str(folder), "the upload")
+
+    error.message = clean(error.message)
+    error.remedy = clean(error.remedy) if error.remedy else None
+    error.where = {key: clean(value) for key, value in error.where.items()}
+    return error
+
+
+def _missing(model: str) -> NotFound:
+    return NotFound("model_not_found", f"there is no model {model}", where={"model": model})

@@ -1,0 +1,114 @@
+"""Settings of every process, read from the environment (prefix ``MERGANSER_``) and checked once."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from merging.errors import InputError
+
+GIB = 1 << 30
+LOCAL_TENANT = "local"
+"""The tenant of a service without keys."""
+
+
+def default_data_dir() -> Path:
+    """``$XDG_DATA_HOME/merganser``, by default ``~/.local/share/merganser``."""
+    base = os.environ.get("XDG_DATA_HOME")
+    return (Path(base) if base else Path.home() / ".local" / "share") / "merganser"
+
+
+class Settings(BaseSettings):
+    """What an operator can choose. Frozen: a process never changes its mind while it runs."""
+
+    model_config = SettingsConfigDict(env_prefix="MERGANSER_", extra="forbid", frozen=True)
+
+    redis_url: str | None = None
+    """``redis://``, ``rediss://`` or ``unix://``; none: ``merganser up`` starts its own server."""
+    storage_url: str | None = None
+    """``file:///folder``; none: the folder ``storage`` in ``data_dir``."""
+    data_dir: Path = Field(default_factory=default_data_dir)
+    host: str = "127.0.0.1"
+    port: int = Field(default=8642, ge=0, le=65535)
+    auth: Literal["off"] = "off"
+    devices: str = "auto"
+    """``auto``, or a comma-separated list of ``cpu``, ``cuda``, ``cuda:0``, ... : one worker for each."""
+    max_upload_bytes: int = Field(default=16 * GIB, gt=0)
+    max_tenant_bytes: int = Field(default=1024 * GIB, gt=0)
+    public_url: str | None = None
+
+    @field_validator("data_dir")
+    @classmethod
+    def _absolute(cls, value: Path) -> Path:
+        return value.expanduser().absolute()
+
+    @field_validator("redis_url")
+    @classmethod
+    def _redis_scheme(cls, value: str | None) -> str | None:
+        if value is not None and urlsplit(value).scheme not in ("redis", "rediss", "unix"):
+            raise ValueError("must start with redis://, rediss:// or unix://")
+        return value
+
+    @field_validator("public_url")
+    @classmethod
+    def _plain_origin(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        parts = urlsplit(value)
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
+            raise ValueError("must look like https://host[:port][/prefix]")
+        return value.rstrip("/")
+
+    @model_validator(mode="after")
+    def _open_only_on_loopback(self) -> Settings:
+        if self.auth == "off" and not is_loopback(self.host):
+            raise ValueError(
+                f"without keys the API may listen on a loopback address only, not on {self.host!r}"
+            )
+        return self
+
+    @property
+    def storage_location(self) -> str:
+        """The storage URL, with the default filled in."""
+        return self.storage_url or (self.data_dir / "storage").as_uri()
+
+    @property
+    def scratch_dir(self) -> Path:
+        """Where workers and validation keep temporary files; on the volume of ``data_dir``."""
+        return self.data_dir / "scratch"
+
+    def with_redis(self, url: str) -> Settings:
+        """The same settings with the address of a Redis server."""
+        return self.model_copy(update={"redis_url": url})
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a name or address can only be reached from this machine."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def load_settings(**given: Any) -> Settings:
+    """Settings from the environment; ``given`` values win. Raises ``settings_invalid``."""
+    try:
+        return Settings(**given)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        field = str(first["loc"][0]) if first["loc"] else "host"
+        name = f"MERGANSER_{field.upper()}"
+        raise InputError(
+            "settings_invalid",
+            f"{name}: {first['msg'].removeprefix('Value error, ')}",
+            remedy=f"Correct the setting {name}",
+            where={"field": name},
+        ) from error

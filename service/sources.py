@@ -1,0 +1,110 @@
+"""From the model references of a recipe to folders: pinned when a merge is requested, placed when it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from merging.errors import InputError
+from merging.recipe import Recipe, TakeFrom
+from service.documents import MergeRecord, result_key
+from service.errors import NotFound
+from service.jobs import Jobs
+from service.names import RESULTS, Reference, parse_reference
+from service.registry import Registry
+from service.storage import Storage
+
+
+class Sources:
+    """What a recipe may name: revisions of the registry, and results of merges as ``merges/<id>``."""
+
+    def __init__(self, registry: Registry, jobs: Jobs, storage: Storage) -> None:
+        self._registry = registry
+        self._jobs = jobs
+        self._storage = storage
+
+    def pin(self, tenant: str, recipe: Recipe) -> Recipe:
+        """The recipe with every model reference made exact, so that later commits do not change it.
+
+        Raises ``model_reference_invalid``, ``model_not_found``, ``revision_not_found``,
+        ``merge_not_succeeded``.
+        """
+        pinned: dict[str, str] = {}
+        for index, entry in enumerate(recipe.models):
+            if entry.model not in pinned:
+                pinned[entry.model] = self._pin(tenant, entry.model, f"models[{index}].model")
+        models = tuple(entry.model_copy(update={"model": pinned[entry.model]}) for entry in recipe.models)
+        update: dict[str, object] = {"models": models}
+        saved = recipe.modules_to_save
+        if isinstance(saved, TakeFrom) and saved.take in pinned:
+            update["modules_to_save"] = TakeFrom(take=pinned[saved.take])
+        return recipe.model_copy(update=update)
+
+    def _pin(self, tenant: str, text: str, field: str) -> str:
+        where = {"field": field, "model": text}
+        reference = parse_reference(text)
+        if reference is None:
+            raise InputError(
+                "model_reference_invalid",
+                f"{field}: {text!r} is not a model of this service",
+                remedy="Upload it and name it ns/name[@revision]; local paths are for `merganser merge`",
+                where=where,
+            )
+        try:
+            if reference.ns == RESULTS:
+                self._result(tenant, reference)
+                return reference.model
+            manifest = self._registry.manifest(tenant, reference)
+        except NotFound as error:
+            raise InputError(error.code, f"{field}: {error.message}", where=where) from error
+        return f"{manifest.model}@{manifest.revision}"
+
+    def place(self, tenant: str, recipe: Recipe, folder: Path) -> Callable[[str], Path]:
+        """Bring the inputs of a recipe into ``folder``; returns the function that finds each of them.
+
+        The files are read-only. Raises ``model_not_found`` for an input that is gone.
+        """
+        placed: dict[str, Path] = {}
+        for index, entry in enumerate(recipe.models):
+            if entry.model in placed:
+                continue
+            target = folder / f"{index:04d}"
+            target.mkdir(parents=True)
+            self._place(tenant, entry.model, target)
+            placed[entry.model] = target
+
+        def find(reference: str) -> Path:
+            if reference not in placed:
+                raise InputError(
+                    "model_not_found",
+                    f"there is no model {reference!r} in this service",
+                    where={"model": reference},
+                )
+            return placed[reference]
+
+        return find
+
+    def _place(self, tenant: str, text: str, target: Path) -> None:
+        reference = parse_reference(text)
+        if reference is None:
+            raise InputError("model_not_found", f"there is no model {text!r}", where={"model": text})
+        if reference.ns != RESULTS:
+            self._registry.place(tenant, self._registry.manifest(tenant, reference), target)
+            return
+        record = self._result(tenant, reference)
+        assert record.result is not None
+        for entry in record.result.files:
+            key = result_key(tenant, record.id, record.result.attempt, entry.path)
+            self._storage.fetch(key, target / entry.path)
+
+    def _result(self, tenant: str, reference: Reference) -> MergeRecord:
+        record = self._jobs.find(tenant, reference.name)
+        if record is None:
+            raise NotFound("model_not_found", f"there is no merge {reference.name}")
+        if record.result is None:
+            raise InputError(
+                "merge_not_succeeded",
+                f"the merge {reference.name} has no result; its state is {record.state}",
+                where={"model": reference.model},
+            )
+        return record

@@ -1,0 +1,32 @@
+"""The process of one worker, started by the supervisor, with which it dies."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+
+from service import deathsig
+from service.broker import QUEUES, connect
+from service.logs import configure
+from service.settings import load_settings
+from workers import environment as env
+from workers.worker import MergeWorker
+
+
+def main() -> int:
+    """Work until SIGTERM."""
+    deathsig.die_with_parent(int(os.environ[env.SUPERVISOR_PID]))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    configure()
+    worker = MergeWorker(
+        list(QUEUES),
+        name=os.environ[env.WORKER_NAME],
+        connection=connect(load_settings(), patient=True),
+    )
+    worker.work(logging_level="WARNING")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,62 @@
+"""Folders for work in progress, each owned by a living worker.
+
+A folder belongs to the process that holds the lock on the file in it. Whoever finds it unlocked knows that
+its owner is dead and may remove it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+_PREFIX = "work-"
+_LOCK = "owner.lock"
+
+
+class Scratch:
+    """A locked folder below ``root``. Removed by :meth:`close`, or by :func:`sweep` after a crash."""
+
+    def __init__(self, root: Path) -> None:
+        root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=root))
+        self._handle = os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        fcntl.flock(self._handle, fcntl.LOCK_EX)
+
+    @contextmanager
+    def folder(self, prefix: str) -> Iterator[Path]:
+        """A fresh folder inside, removed afterwards."""
+        folder = Path(tempfile.mkdtemp(prefix=f"{prefix}-", dir=self.path))
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def close(self) -> None:
+        """Remove the folder."""
+        shutil.rmtree(self.path, ignore_errors=True)
+        os.close(self._handle)
+
+
+def sweep(root: Path) -> int:
+    """Remove the folders of dead owners; how many."""
+    removed = 0
+    for folder in sorted(root.glob(f"{_PREFIX}*")):
+        try:
+            handle = os.open(folder / _LOCK, os.O_RDWR | os.O_CLOEXEC)
+        except OSError:  # just being made, or just being removed
+            continue
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            continue
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
+            removed += 1
+        finally:
+            os.close(handle)
+    return removed

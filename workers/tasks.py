@@ -1,0 +1,159 @@
+"""The job: claim the merge, bring its inputs, run the engine, store the result, publish it.
+
+Runs in the work-horse. An error of the input, or of the merge, ends the merge; what may be different next
+time (Redis or the storage away, the process killed) is left to RQ's retry.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from rq.timeouts import JobTimeoutException
+
+from merging.errors import Cancelled, MergeError, MergeFailure
+from merging.recipe import Recipe
+from service.broker import TRANSIENT, connect
+from service.documents import FileEntry, MergeResult, attempts_prefix, result_key
+from service.jobs import Jobs
+from service.problems import describe
+from service.registry import Registry, hide_folder
+from service.settings import load_settings
+from service.sources import Sources
+from service.storage import Storage
+from workers import environment as env
+from workers.scratch import Scratch
+
+_REPORT_SECONDS = 0.2
+_ENGINE_SHARE = 0.95
+_log = logging.getLogger("merganser.task")
+
+
+def run_merge(tenant: str, merge_id: str) -> None:
+    """Run one attempt of a merge to its end. The attempt is RQ's execution."""
+    settings = load_settings()
+    connection = connect(settings, patient=True)
+    storage = Storage.open(settings.storage_location)
+    jobs = Jobs(connection, storage)
+    scratch = Scratch(settings.scratch_dir)
+    registry = Registry(storage, connection, lambda: scratch.folder("check"))
+    task = Task(tenant, merge_id, os.environ["RQ_EXECUTION_ID"], jobs, storage)
+    try:
+        task.run(Sources(registry, jobs, storage), scratch.path)
+    finally:
+        scratch.close()
+
+
+class Task:
+    """One attempt of one merge."""
+
+    def __init__(self, tenant: str, merge_id: str, attempt: str, jobs: Jobs, storage: Storage) -> None:
+        self._tenant = tenant
+        self._id = merge_id
+        self._attempt = attempt
+        self._jobs = jobs
+        self._storage = storage
+        self._reported = 0.0
+        self._phase = ""
+
+    def run(self, sources: Sources, folder: Path) -> None:
+        """Claim, merge, publish; what goes wrong for good ends the merge."""
+        answer = self._jobs.claim(self._tenant, self._id, self._attempt)
+        if answer != "claimed":
+            _log.info("%s is not to be run: %s", self._id, answer)
+            self._stopped(answer)
+            return
+        try:
+            self._publish(self._merge(sources, folder))
+        except Cancelled:
+            self._stopped(self._say("stopping", 0.0, ""))
+        except MergeError as error:
+            self._fail(hide_folder(error, folder))
+        except JobTimeoutException:
+            self._fail(MergeFailure("timeout", "the merge took longer than a merge may take"))
+        except MemoryError:
+            self._fail(MergeFailure("out_of_memory", "the merge does not fit into this worker's memory"))
+        except (*TRANSIENT, OSError):
+            raise  # tried again
+        except Exception:
+            _log.exception("unexpected error in %s", self._id)
+            self._fail(MergeFailure("internal_error", "an unexpected error happened; it has been logged"))
+
+    def _merge(self, sources: Sources, folder: Path) -> MergeResult:
+        recipe = Recipe.load(self._jobs.get(self._tenant, self._id).recipe)
+        self._advance("inputs", 0.0, "bringing the inputs")
+        find = sources.place(self._tenant, recipe, folder / "inputs")
+        self._advance("starting", 0.0, "starting the engine")
+        from merging.engine import merge
+
+        threads = os.environ.get(env.THREADS)
+        done = merge(
+            recipe,
+            folder / "result",
+            device=os.environ.get(env.DEVICE, "auto"),
+            threads=int(threads) if threads else None,
+            progress=self._progress,
+            resolve=find,
+        )
+        self._advance("store", _ENGINE_SHARE, "storing the result")
+        files = []
+        for path, sha256 in sorted(done.files.items()):
+            source = done.path / path
+            files.append(FileEntry(path=path, sha256=sha256, size=source.stat().st_size))
+            self._storage.put_file(result_key(self._tenant, self._id, self._attempt, path), source)
+        return MergeResult(
+            attempt=self._attempt,
+            recipe_digest=done.recipe_digest,
+            seconds=round(done.seconds, 3),
+            files=tuple(files),
+            summary=done.report.get("summary", {}),
+        )
+
+    def _publish(self, result: MergeResult) -> None:
+        answer = self._jobs.publish(self._tenant, self._id, result)
+        prefix = attempts_prefix(self._tenant, self._id)
+        if answer != "finished":
+            _log.info("the result of %s is not published: %s", self._id, answer)
+            self._storage.delete_prefix(f"{prefix}/{self._attempt}")
+            self._stopped(answer)
+            return
+        for key, _ in self._storage.keys(prefix):  # what attempts left that were killed
+            if not key.startswith(f"{prefix}/{self._attempt}/"):
+                self._storage.delete(key)
+
+    # progress
+
+    def _progress(self, progress: Any) -> None:
+        """The engine's callback. Raises :class:`Cancelled` when this attempt is to stop."""
+        fraction = _ENGINE_SHARE * progress.done / max(progress.total, 1)
+        now = time.monotonic()
+        if progress.phase != self._phase or now - self._reported >= _REPORT_SECONDS:
+            self._advance(progress.phase, fraction, progress.message)
+
+    def _advance(self, phase: str, fraction: float, message: str) -> None:
+        self._phase, self._reported = phase, time.monotonic()
+        try:
+            answer = self._say(phase, fraction, message)
+        except TRANSIENT as error:  # the work is worth more than the report of it
+            _log.warning("progress of %s not delivered: %s", self._id, error)
+            return
+        if answer != "running":
+            raise Cancelled(f"the attempt is to stop: {answer}")
+
+    def _say(self, phase: str, fraction: float, message: str) -> str:
+        return self._jobs.report(self._tenant, self._id, self._attempt, phase, fraction, message)
+
+    # ends
+
+    def _fail(self, error: MergeError) -> None:
+        _log.info("%s failed: %s", self._id, error)
+        self._jobs.fail(self._tenant, self._id, self._attempt, describe(error))
+
+    def _stopped(self, answer: str) -> None:
+        """Complete a cancellation; a superseded or ended merge is none of this attempt's business."""
+        if answer == "cancelling":
+            error = describe(Cancelled())
+            self._jobs.cancelled(self._tenant, self._id, "", error)

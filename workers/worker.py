@@ -1,0 +1,79 @@
+"""The worker: RQ's SpawnWorker, so that every job runs in a fresh process, with what RQ lacks for us.
+
+Each override is here because a test fails without it. This module and what it imports never import torch;
+only the work-horse does.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from typing import Any
+
+import redis
+from rq import SpawnWorker
+from rq.executions import Execution
+from rq.job import Job
+from rq.queue import Queue
+from rq.serializers import JSONSerializer
+
+from service.broker import TRANSIENT
+from workers import environment as env
+from workers.job import MergeJob
+from workers.queue import ReliableQueue
+
+HEARTBEAT_SECONDS = 10
+"""A job whose worker was not heard of for so long is given to another."""
+_MONITOR_SECONDS = 2
+_WORKER_SECONDS = 30
+
+_log = logging.getLogger("merganser.worker")
+
+
+class MergeWorker(SpawnWorker):
+    """Runs merges, one at a time."""
+
+    job_class = MergeJob
+    queue_class = ReliableQueue
+
+    def __init__(self, queues: Any, *, connection: redis.Redis, **options: Any) -> None:
+        options.setdefault("serializer", JSONSerializer)
+        options.setdefault("job_monitoring_interval", _MONITOR_SECONDS)
+        options.setdefault("worker_ttl", _WORKER_SECONDS)
+        options.setdefault("log_job_description", False)
+        super().__init__(queues, connection=connection, **options)
+
+    def get_heartbeat_ttl(self, job: Job, working_time: float = 0.0) -> int:
+        """Ten seconds; RQ adds a minute, and a dead worker's job would wait that long."""
+        return HEARTBEAT_SECONDS
+
+    def maintain_heartbeats(self, job: Job, execution: Execution) -> None:
+        """Outlive an outage of Redis: the merge goes on meanwhile."""
+        try:
+            super().maintain_heartbeats(job, execution)
+        except TRANSIENT as error:
+            _log.warning("heartbeat of %s not delivered: %s", job.id, error)
+
+    def prepare_job_execution(self, job: Job, remove_from_intermediate_queue: bool = False) -> None:
+        """Always take the job off the intermediate list; RQ does so for workers of one queue only."""
+        super().prepare_job_execution(job, remove_from_intermediate_queue=True)
+
+    def fork_work_horse(self, job: Job, queue: Queue) -> None:
+        """Start the work-horse by name.
+
+        RQ passes it the connection as source text on the command line, password included, where every
+        user of the machine can read it. Ours finds what it needs in its environment.
+        """
+        execution = self.execution
+        assert execution is not None
+        environment = {
+            **os.environ,
+            "RQ_WORKER_ID": self.name,
+            "RQ_JOB_ID": job.id,
+            "RQ_EXECUTION_ID": execution.id,
+            env.QUEUE: queue.name,
+            env.WORKER_PID: str(os.getpid()),
+        }
+        command = [sys.executable, "-m", "workers.horse"]
+        self._horse_pid = os.posix_spawn(sys.executable, command, environment, setpgroup=0)
