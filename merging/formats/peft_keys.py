@@ -65,9 +65,9 @@ def config_path(name: str) -> str:
 def _strip(path: str) -> tuple[str, str | None]:
     """The path without prefixes and wrapper fragments, and the first fragment that was removed."""
     stripped = None
-    segments = path.split(".")
-    if any(wrapper in segments for wrapper in _WRAPPERS):
-        stripped = next(segment for segment in segments if segment in _WRAPPERS)
+    if any(wrapper in path for wrapper in _WRAPPERS):
+        segments = path.split(".")
+        stripped = next((segment for segment in segments if segment in _WRAPPERS), None)
         path = ".".join(segment for segment in segments if segment not in _WRAPPERS)
     while True:
         if path.startswith("module."):

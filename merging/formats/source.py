@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-import stat
 from dataclasses import dataclass
 from pathlib import Path
 
 from merging.errors import InputError
+from merging.formats.files import open_regular, read_at
 from merging.formats.peft_config import MAX_CONFIG_BYTES
 from merging.formats.sniff import PICKLE_SUFFIXES
 
@@ -106,17 +106,13 @@ def _names(folder: Path) -> list[str]:
 def _read_config(folder: Path, path: Path) -> bytes:
     _check_inside(folder, path)
     try:
-        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | getattr(os, "O_CLOEXEC", 0))
+        with open_regular(path) as (handle, status):
+            if status.st_size > MAX_CONFIG_BYTES:
+                what = f"has {status.st_size} bytes, the limit is {MAX_CONFIG_BYTES}"
+                raise _error("config_too_large", path, what)
+            return read_at(handle, MAX_CONFIG_BYTES + 1, 0)
     except OSError as error:
-        raise _error("adapter_config_missing", path, f"cannot be opened ({error.strerror})") from None
-    with os.fdopen(handle, "rb") as file:
-        status = os.fstat(file.fileno())
-        if not stat.S_ISREG(status.st_mode):
-            raise _error("not_a_regular_file", path, "is not a regular file")
-        if status.st_size > MAX_CONFIG_BYTES:
-            raise _error("config_too_large", path, f"has {status.st_size} bytes, the limit is "
-                  f"{MAX_CONFIG_BYTES}")  # fmt: skip
-        return file.read(MAX_CONFIG_BYTES + 1)
+        raise _error("not_a_regular_file", path, f"cannot be read ({error.strerror})") from None
 
 
 def _check_inside(folder: Path, path: Path) -> None:

@@ -2,40 +2,67 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from merging.errors import InputError
 
-_REFUSED: tuple[tuple[str, str, str], ...] = (
-    (r"\.lora_magnitude_vector(?:\.|\Z)|\.dora_scale\Z", "dora_unsupported",
-     "a DoRA magnitude, which needs the base weights"),
-    (r"\.lora_[AB](?:\.[^.]+)?\.bias\Z", "lora_bias_unsupported", "a bias on a LoRA factor"),
-    (r"\.lora_diag(?:\.|\Z)", "kasa_unsupported", "KaSA's singular values"),
-    (r"\.lora_E(?:\.|\Z)|\.ranknum(?:\.|\Z)", "adalora_unsupported", "AdaLoRA's singular values"),
-    (r"\.hada_[wt][12]", "loha_unsupported", "a LoHa (Hadamard product) factor"),
-    (r"\.lokr_[wt][12]", "lokr_unsupported", "a LoKr (Kronecker product) factor"),
-    (r"\.vera_lambda_[bd](?:\.|\Z)|\bvera_[AB](?:\.|\Z)", "vera_unsupported", "a VeRA vector"),
-    (r"\.ia3_l(?:\.|\Z)", "ia3_unsupported", "an (IA)3 scaling vector"),
-    (r"\.(?:oft|boft|hra)_[A-Za-z]+(?:\.|\Z)", "oft_unsupported", "an orthogonal transformation"),
-    (r"\.token_adapter\.|\.trainable_tokens_", "trainable_tokens_unsupported",
-     "trained token rows"),
-    (r"\.lora_mid\.weight\Z", "tucker_unsupported", "a Tucker core (LoCon with cp decomposition)"),
-    (r"(?:\A|\.)prompt_embeddings(?:\.|\Z)|(?:\A|\.)prompt_encoder\.",
-     "prompt_learning_unsupported", "trained prompts"),
-)  # fmt: skip
-_ANY = re.compile("|".join(f"(?:{pattern})" for pattern, _, _ in _REFUSED))
-_PATTERNS = tuple((re.compile(pattern), code, what) for pattern, code, what in _REFUSED)
+_Refusal = tuple[str, str]
+
+_DORA = ("dora_unsupported", "a DoRA magnitude, which needs the base weights")
+_ADALORA = ("adalora_unsupported", "AdaLoRA's singular values")
+_VERA = ("vera_unsupported", "a VeRA vector")
+_TOKENS = ("trainable_tokens_unsupported", "trained token rows")
+_PROMPT = ("prompt_learning_unsupported", "trained prompts")
+_ORTHOGONAL = ("oft_unsupported", "an orthogonal transformation")
+
+# By a whole segment of the name, and by the part of a segment before its first '_' for numbered families.
+_SEGMENTS: Mapping[str, _Refusal] = {
+    "lora_magnitude_vector": _DORA,
+    "dora_scale": _DORA,
+    "lora_diag": ("kasa_unsupported", "KaSA's singular values"),
+    "lora_E": _ADALORA,
+    "ranknum": _ADALORA,
+    "lora_mid": ("tucker_unsupported", "a Tucker core (LoCon with cp decomposition)"),
+    "vera_lambda_b": _VERA,
+    "vera_lambda_d": _VERA,
+    "vera_A": _VERA,
+    "vera_B": _VERA,
+    "ia3_l": ("ia3_unsupported", "an (IA)3 scaling vector"),
+    "token_adapter": _TOKENS,
+    "prompt_embeddings": _PROMPT,
+    "prompt_encoder": _PROMPT,
+}
+_PREFIXES: Mapping[str, _Refusal] = {
+    "hada": ("loha_unsupported", "a LoHa (Hadamard product) factor"),
+    "lokr": ("lokr_unsupported", "a LoKr (Kronecker product) factor"),
+    "oft": _ORTHOGONAL,
+    "boft": _ORTHOGONAL,
+    "hra": _ORTHOGONAL,
+}
+_LORA_BIAS = ("lora_bias_unsupported", "a bias on a LoRA factor")
+_DEPTH = 4  # the tail of a name: more segments than any known family uses
 
 
 def refuse_unsupported(keys: Iterable[str], file: str) -> None:
     """Raise for the first tensor that shows the adapter to be more than, or other than, a LoRA."""
-    for key in filter(_ANY.search, keys):
-        for pattern, code, what in _PATTERNS:
-            if pattern.search(key):
-                raise InputError(
-                    code,
-                    f"{file}: tensor {key} is {what}; it cannot be merged as a LoRA",
-                    remedy="Merge it into its base model first, or convert it to a plain LoRA",
-                    where={"file": file, "tensor": key},
-                )
+    for key in keys:
+        refusal = _refusal(key)
+        if refusal is not None:
+            code, what = refusal
+            raise InputError(
+                code,
+                f"{file}: tensor {key} is {what}; it cannot be merged as a LoRA",
+                remedy="Merge it into its base model first, or convert it to a plain LoRA",
+                where={"file": file, "tensor": key},
+            )
+
+
+def _refusal(key: str) -> _Refusal | None:
+    tail = key.rsplit(".", _DEPTH)[-_DEPTH:]
+    for segment in tail:
+        found = _SEGMENTS.get(segment) or _PREFIXES.get(segment.partition("_")[0])
+        if found is not None and (segment in _SEGMENTS or "_" in segment):
+            return found
+    if tail[-1] == "bias" and ("lora_A" in tail[-3:] or "lora_B" in tail[-3:]):
+        return _LORA_BIAS
+    return None

@@ -183,7 +183,7 @@ def _contents() -> Iterator[Case]:
     yield _weights(
         "lfs_pointer", b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n", "git_lfs_pointer"
     )
-    yield _weights("html_page", b"<!DOCTYPE html><html></html>", "safetensors_header_too_large")
+    yield _weights("html_page", b"<!DOCTYPE html><html></html>", "safetensors_magic")
 
 
 def _config(name: str, code: str, **fields: Any) -> Case:
