@@ -79,7 +79,7 @@ def test_a_plan_reads_no_tensor_and_imports_no_torch(pair: list[Path]) -> None:
         ({"base_model_name_or_path": "org/other"}, "base_model_mismatch"),
         ({"modules": {**MODULES, "layers.1.v_proj": (13, 16)}}, "shape_mismatch"),
         ({"modules": {"layers.0.q_proj": (24, 16)}}, "missing_modules"),
-        ({"use_dora": True}, "dora_not_supported"),
+        ({"use_dora": True}, "dora_unsupported"),
     ],
 )
 def test_inputs_that_do_not_fit_are_refused(

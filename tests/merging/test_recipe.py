@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from merging.errors import InputError
 from merging.recipe import Recipe
 
+HEAD = "merge_method: ties\nmodels: [{model: a}]\n"
 GOOD = {"merge_method": "ties", "models": [{"model": "a"}, {"model": "b"}]}
 
 
@@ -42,28 +43,28 @@ seed: 3
         ("[1, 2]", "recipe_not_a_mapping", None),
         ("merge_method: [", "recipe_not_yaml", None),
         ("merge_method: ties\nmodels: []", "recipe_invalid_value", "models"),
-        ("merge_method: ties\nmodels: [{model: a}]\nfoo: 1", "recipe_unknown_key", "foo"),
+        (HEAD + "foo: 1", "recipe_unknown_key", "foo"),
         ("merge_method: ties\nmodels: [{model: a, wait: 1}]", "recipe_unknown_key", "models.0.wait"),
-        ("merge_method: ties\nmodels: [{model: a}]\noutput: {rang: 1}", "recipe_unknown_key", "output.rang"),
-        ("merge_method: ties\nmodels: [{model: a}]\nseed: 1.5", "recipe_invalid_value", "seed"),
-        ("merge_method: ties\nmodels: [{model: a}]\nseed: -1", "recipe_invalid_value", "seed"),
-        ("merge_method: ties\nmodels: [{model: a}]\nseed: true", "recipe_invalid_value", "seed"),
-        ("merge_method: ties\nmodels: [{model: a}]\nspace: cor", "recipe_invalid_value", "space"),
-        ("merge_method: ties\nmodels: [{model: a}]\noutput: {rank: 0}", "recipe_invalid_value", "output.rank"),
-        ("merge_method: ties\nmodels: [{model: a}]\noutput: {rank: '8'}", "recipe_invalid_value", "output.rank"),
+        (HEAD + "output: {rang: 1}", "recipe_unknown_key", "output.rang"),
+        (HEAD + "seed: 1.5", "recipe_invalid_value", "seed"),
+        (HEAD + "seed: -1", "recipe_invalid_value", "seed"),
+        (HEAD + "seed: true", "recipe_invalid_value", "seed"),
+        (HEAD + "space: cor", "recipe_invalid_value", "space"),
+        (HEAD + "output: {rank: 0}", "recipe_invalid_value", "output.rank"),
+        (HEAD + "output: {rank: '8'}", "recipe_invalid_value", "output.rank"),
         (
-            "merge_method: ties\nmodels: [{model: a}]\noutput: {rank: 8, energy: 0.5}",
+            HEAD + "output: {rank: 8, energy: 0.5}",
             "recipe_invalid_value",
             "output",
         ),
-        ("merge_method: ties\nmodels: [{model: a}]\nparameters: {x: .inf}", "recipe_type", None),
-        ("merge_method: ties\nmodels: [{model: a}]\nparameters: {x: 2020-01-01}", "recipe_type", None),
+        (HEAD + "parameters: {x: .inf}", "recipe_type", None),
+        (HEAD + "parameters: {x: 2020-01-01}", "recipe_type", None),
         ("models: &m [{model: a}]\nmerge_method: *m", "recipe_not_yaml", None),
         ("merge_method: a\nmerge_method: b", "recipe_not_yaml", None),
         ("? [a, b]\n: 1", "recipe_not_yaml", None),
         ("1: 2", "recipe_not_yaml", None),
         ("!!python/object/apply:os.system ['true']", "recipe_not_yaml", None),
-        ("merge_method: ties\nmodels: [{model: a}]\ncompat: peft\nparameters: {compat: paper}",
+        (HEAD + "compat: peft\nparameters: {compat: paper}",
          "recipe_invalid_value", "compat"),
     ],
 )  # fmt: skip
