@@ -16,6 +16,7 @@ from merging.compress import RankRule
 from merging.errors import Cancelled, InputError, MergeError, MergeFailure
 from merging.formats.result_dir import ResultDirectory
 from merging.kernels import Context
+from merging.parts import write_parts
 from merging.planning import Prepared, Resolve, prepare
 from merging.recipe import Recipe
 from merging.report import Findings, build_report
@@ -138,14 +139,15 @@ def _run(
     )
     steps.total = runner.passes() * len(execute.units(prepared, device)) + 1
     with Spool(folder) as spool:
-        for outcome in runner.surveyed(steps.tick).outcomes(steps.tick):
-            for key, factor in (("B", outcome.B), ("A", outcome.A)):
-                if factor is not None:
-                    spool.put(f"{outcome.name}.{key}", factor)
-            findings.add(outcome)
-        findings.settle_lambda()
-        report = build_report(findings, digest, device.type)
-        files = write_result(folder, findings, spool, report)
+        if method.contract.multi_output:
+            report, files = write_parts(folder, runner, findings, spool, digest, steps.tick)
+        else:
+            for outcome in runner.surveyed(steps.tick).outcomes(steps.tick):
+                spool.put_factors(outcome.name, outcome.B, outcome.A)
+                findings.add(outcome)
+            findings.settle_lambda()
+            report = build_report(findings, digest, device.type)
+            files = write_result(folder, findings, spool, report)
     steps.tick("write")
     return digest, report, files
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from merging.compress import RankRule, compress
-from merging.kernels import Context, Kernel
+from merging.kernels import Context, Kernel, Merged, MultiKernel
 from merging.lowrank import inner, squared_norm
 from merging.planning import Batch, Prepared
 from merging.updates import LowRank, UpdateStack
@@ -56,6 +56,19 @@ class Outcome:
     inner: tuple[float, ...]
 
 
+@dataclass(frozen=True)
+class Split:
+    """A module of a multi-output merge: one outcome per task, and what is kept beside the adapters.
+
+    ``facts`` are numbers of the module; those per task stand in a tuple in the order of ``outcomes``.
+    """
+
+    name: str
+    outcomes: tuple[Outcome, ...]
+    artefact: dict[str, Tensor]
+    facts: dict[str, float | tuple[float, ...]]
+
+
 def units(prepared: Prepared, device: torch.device) -> list[Batch]:
     """The batches cut to a size that fits; independent of the number of threads."""
     limit = CPU_BATCH_NUMBERS if device.type == "cpu" else CUDA_BATCH_NUMBERS
@@ -89,10 +102,10 @@ def load_stack(prepared: Prepared, batch: Batch, device: torch.device) -> Update
 
 @dataclass(frozen=True)
 class Runner:
-    """A prepared merge with its kernel, ready to run."""
+    """A prepared merge with its :class:`Kernel` or :class:`MultiKernel`, ready to run."""
 
     prepared: Prepared
-    kernel: Kernel
+    kernel: Any
     context: Context
     rule: RankRule
     device: torch.device
@@ -101,7 +114,7 @@ class Runner:
     def surveyed(self, tick: Callable[[str], None]) -> Runner:
         """The runner after the kernel's passes over the whole model, if it takes any."""
         runner = self
-        for index in range(self.kernel.surveys(self.context)):
+        for index in range(self.passes() - 1):
             partials = list(runner._map(partial(runner._survey, index), tick, "survey"))
             shared = self.kernel.reduce(index, partials, runner.context)
             runner = replace(runner, context=replace(runner.context, shared=shared))
@@ -112,9 +125,17 @@ class Runner:
         for results in self._map(self._merge, tick, "merge"):
             yield from results
 
+    def splits(self, tick: Callable[[str], None]) -> Iterator[Split]:
+        """The modules of a multi-output merge in the order of the batches."""
+        for results in self._map(self._split, tick, "merge"):
+            yield from results
+
     def passes(self) -> int:
         """How many times each batch is visited."""
-        return 1 + self.kernel.surveys(self.context)
+        if self.prepared.resolved.method.contract.multi_output:
+            return 1
+        kernel: Kernel = self.kernel
+        return 1 + kernel.surveys(self.context)
 
     def _map(
         self, function: Callable[[Batch], Result], tick: Callable[[str], None], phase: str
@@ -137,6 +158,31 @@ class Runner:
         merged = self.kernel.merge(stack, context)
         done = compress(merged, rule, seed=context.seed, names=batch.names)
         return outcomes(stack, done.update, done.ranks, done.discarded)
+
+    def _split(self, batch: Batch) -> list[Split]:
+        stack = load_stack(self.prepared, batch, self.device)
+        kernel: MultiKernel = self.kernel
+        done = kernel.split(stack, self.context)
+        columns = []
+        for t, update in enumerate(done.updates):
+            alone = UpdateStack(stack.names, (stack.tasks[t],), (stack.B[t],), (stack.A[t],))
+            cut = compress(Merged(update), self.rule, seed=self.context.seed, names=batch.names)
+            columns.append(outcomes(alone, cut.update, cut.ranks, cut.discarded))
+        artefact = {key: tensor.cpu() for key, tensor in done.artefact.items()}
+        facts = {key: tensor.double().cpu() for key, tensor in done.facts.items()}
+        return [
+            Split(
+                name,
+                tuple(column[g] for column in columns),
+                {key: tensor[g] for key, tensor in artefact.items()},
+                {key: _plain(tensor[g]) for key, tensor in facts.items()},
+            )
+            for g, name in enumerate(stack.names)
+        ]
+
+
+def _plain(value: Tensor) -> float | tuple[float, ...]:
+    return float(value) if value.ndim == 0 else tuple(float(x) for x in value)
 
 
 def outcomes(stack: UpdateStack, update: LowRank, ranks: Tensor, discarded: Tensor) -> list[Outcome]:

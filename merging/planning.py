@@ -93,7 +93,7 @@ def prepare(recipe: Recipe, *, resolve: Resolve | None = None, canonical: bool =
             adapters,
             missing_modules=recipe.missing_modules,
             allow_base_mismatch=recipe.allow_base_mismatch,
-            modules_to_save=recipe.modules_to_save,
+            modules_to_save="drop" if resolved.method.contract.multi_output else recipe.modules_to_save,
         )
         batches = _batches(table, adapters)
         _check_method(resolved, recipe, batches)

@@ -12,10 +12,14 @@ from merging.planning import Prepared
 
 
 class Findings:
-    """Collects outcomes (without their tensors) and warnings; settles ``lambda``."""
+    """Collects outcomes (without their tensors) and warnings; settles ``lambda``.
 
-    def __init__(self, prepared: Prepared) -> None:
+    ``tasks`` are the models it speaks of: all of them, or the one of a part of a multi-output merge.
+    """
+
+    def __init__(self, prepared: Prepared, tasks: tuple[int, ...] | None = None) -> None:
         self.prepared = prepared
+        self.tasks = tuple(range(len(prepared.adapters))) if tasks is None else tasks
         self.modules: list[dict[str, Any]] = []
         self.warnings: list[dict[str, str]] = []
         self.lambda_ = 1.0
@@ -23,14 +27,15 @@ class Findings:
         self._inner = [0.0] * len(prepared.adapters)
         self._norm2 = 0.0
         self._discarded = 0.0
-        for adapter in prepared.adapters:
+        for task in self.tasks:
+            adapter = prepared.adapters[task]
             for text in adapter.warnings:
                 self.warn("adapter_warning", f"{adapter.label}: {text}")
         for text in prepared.table.warnings:
             self.warn("inputs_warning", text)
 
     def warn(self, code: str, message: str) -> None:
-        """Note something the user should know; repeated messages count once."""
+        """Note something the user should know; repeated messages count once. Any thread may call."""
         entry = {"code": code, "message": message}
         if entry not in self.warnings:
             self.warnings.append(entry)
@@ -76,7 +81,7 @@ class Findings:
 
     def mean_input_norm(self) -> float:
         """The mean over the models of the Frobenius norm of their whole update."""
-        return sum(math.sqrt(square) for square in self._squares) / len(self._squares)
+        return sum(math.sqrt(self._squares[task]) for task in self.tasks) / len(self.tasks)
 
     def summary(self) -> dict[str, Any]:
         """The whole model in one place; norms and inner products add up over modules."""
@@ -94,13 +99,11 @@ class Findings:
             "discarded_energy": _ratio(self._discarded, total),
             "inputs": [
                 {
-                    "model": adapter.label,
-                    "norm": math.sqrt(square),
-                    **_relation(norm, square, factor * product),
+                    "model": self.prepared.labels[task],
+                    "norm": math.sqrt(self._squares[task]),
+                    **_relation(norm, self._squares[task], factor * self._inner[task]),
                 }
-                for adapter, square, product in zip(
-                    self.prepared.adapters, self._squares, self._inner, strict=True
-                )
+                for task in self.tasks
             ],
         }
 
@@ -141,20 +144,22 @@ def build_report(findings: Findings, digest: str, device: str) -> dict[str, Any]
         "seed": prepared.recipe.seed,
         "device": device,
         "versions": versions(),
-        "inputs": [
-            {
-                "model": adapter.label,
-                "digest": adapter.digest,
-                "format": adapter.format,
-                "base_model": adapter.base_model,
-                "base_revision": adapter.base_revision,
-                "parameters": params.model_dump(mode="json", by_alias=True),
-            }
-            for adapter, params in zip(prepared.adapters, prepared.resolved.per_model, strict=True)
-        ],
+        "inputs": [_input(prepared, task) for task in findings.tasks],
         "summary": findings.summary(),
         "modules": findings.module_entries(),
-        "warnings": findings.warnings,
+        "warnings": sorted(findings.warnings, key=lambda entry: (entry["code"], entry["message"])),
+    }
+
+
+def _input(prepared: Prepared, task: int) -> dict[str, Any]:
+    adapter = prepared.adapters[task]
+    return {
+        "model": adapter.label,
+        "digest": adapter.digest,
+        "format": adapter.format,
+        "base_model": adapter.base_model,
+        "base_revision": adapter.base_revision,
+        "parameters": prepared.resolved.per_model[task].model_dump(mode="json", by_alias=True),
     }
 
 

@@ -21,26 +21,36 @@ from merging.spool import Spool
 DELTA_NAME = "delta.safetensors"
 
 
-def write_result(folder: Path, findings: Findings, spool: Spool, report: dict[str, Any]) -> dict[str, str]:
-    """Write every file of a single-output merge into ``folder``; file names to sha256 digests."""
+def write_result(
+    folder: Path, findings: Findings, spool: Spool, report: dict[str, Any], *, task: str | None = None
+) -> dict[str, str]:
+    """Write the files of one adapter or task vector into ``folder``; file names to sha256 digests.
+
+    ``task`` names a part of a multi-output merge; its factors lie in the spool under that name.
+    """
     prepared = findings.prepared
     recipe = prepared.recipe
-    metadata = {
-        "format": "pt",
-        "merganser.recipe_digest": report["recipe_digest"],
-        "merganser.method": prepared.resolved.method.name,
-        "merganser.version": report["versions"]["merganser"],
-    }
+    metadata = header_metadata(report)
     files: dict[str, str] = {}
     if recipe.output.format == "delta":
         files[DELTA_NAME] = _write_delta(folder / DELTA_NAME, findings, spool, metadata)
     else:
-        files.update(_write_adapter(folder, findings, spool, metadata))
-    card = model_card(recipe, prepared.resolved.method, report, prepared.table.base_model)
+        files.update(_write_adapter(folder, findings, spool, metadata, task))
+    card = model_card(recipe, prepared.resolved.method, report, prepared.table.base_model, task=task)
     files["README.md"] = write_text(folder / "README.md", card)
     files["merge.yaml"] = write_text(folder / "merge.yaml", recipe.to_yaml())
     files["report.json"] = write_text(folder / "report.json", json.dumps(report, indent=1) + "\n")
     return dict(sorted(files.items()))
+
+
+def header_metadata(report: dict[str, Any]) -> dict[str, str]:
+    """What the header of every written safetensors file says."""
+    return {
+        "format": "pt",
+        "merganser.recipe_digest": report["recipe_digest"],
+        "merganser.method": report["method"],
+        "merganser.version": report["versions"]["merganser"],
+    }
 
 
 def write_text(path: Path, text: str) -> str:
@@ -68,17 +78,18 @@ def result_modules(findings: Findings) -> list[peft_out.ResultModule]:
 
 
 def _write_adapter(
-    folder: Path, findings: Findings, spool: Spool, metadata: dict[str, str]
+    folder: Path, findings: Findings, spool: Spool, metadata: dict[str, str], task: str | None
 ) -> dict[str, str]:
     prepared = findings.prepared
     modules = result_modules(findings)
-    full = full_tensors(prepared)
+    full = full_tensors(prepared) if task is None else own_full_tensors(prepared, findings.tasks[0])
+    prefix = "" if task is None else f"{task}/"
     specs = [spec for module in modules for spec in peft_out.factor_specs(module, prepared.dtype)]
     specs += [spec for spec, _ in full]
 
     def tensors() -> Iterator[Tensor]:
         for module in modules:
-            B, A = load_factors(spool, module, findings.lambda_)
+            B, A = load_factors(spool, module, findings.lambda_, prefix)
             yield from peft_out.factor_tensors(module, B, A)
         for _, make in full:
             yield make()
@@ -91,7 +102,7 @@ def _write_adapter(
         revision=table.base_revision,
         task_type=table.task_type,
         fan_in_fan_out=table.fan_in_fan_out,
-        modules_to_save=table.modules_to_save,
+        modules_to_save=table.modules_to_save if task is None else _own_modules(findings),
         anchored_targets=table.anchored_targets,
     )
     return {
@@ -100,16 +111,28 @@ def _write_adapter(
     }
 
 
-def load_factors(spool: Spool, module: peft_out.ResultModule, factor: float) -> tuple[Tensor, Tensor]:
+def _own_modules(findings: Findings) -> tuple[str, ...]:
+    config = findings.prepared.adapters[findings.tasks[0]].config
+    return tuple(config.modules_to_save or ()) if config is not None else ()
+
+
+def load_factors(
+    spool: Spool, module: peft_out.ResultModule, factor: float, prefix: str = ""
+) -> tuple[Tensor, Tensor]:
     """``B (m, k)`` and ``A (k, n)`` of a module times ``factor``; identities are written out."""
-    B = spool.get(f"{module.name}.B") if f"{module.name}.B" in spool else None
-    A = spool.get(f"{module.name}.A") if f"{module.name}.A" in spool else None
+    B, A = _stored(spool, f"{prefix}{module.name}")
     if B is None:
         assert A is not None
         return torch.eye(module.m, dtype=A.dtype), A * factor
     if A is None:
         return B * factor, torch.eye(module.n, dtype=B.dtype)
     return B * factor, A
+
+
+def _stored(spool: Spool, name: str) -> tuple[Tensor | None, Tensor | None]:
+    B = spool.get(f"{name}.B") if f"{name}.B" in spool else None
+    A = spool.get(f"{name}.A") if f"{name}.A" in spool else None
+    return B, A
 
 
 def _write_delta(path: Path, findings: Findings, spool: Spool, metadata: dict[str, str]) -> str:
@@ -121,8 +144,7 @@ def _write_delta(path: Path, findings: Findings, spool: Spool, metadata: dict[st
 
     def tensors() -> Iterator[Tensor]:
         for module, name in zip(modules, names, strict=True):
-            B = spool.get(f"{name}.B") if f"{name}.B" in spool else None
-            A = spool.get(f"{name}.A") if f"{name}.A" in spool else None
+            B, A = _stored(spool, name)
             product = A if B is None else B if A is None else B @ A
             assert product is not None
             delta = product * findings.lambda_
@@ -141,6 +163,15 @@ def full_tensors(prepared: Prepared) -> list[tuple[TensorSpec, Any]]:
     ]
 
 
+def own_full_tensors(prepared: Prepared, task: int) -> list[tuple[TensorSpec, Any]]:
+    """The fully trained tensors of one model; each part of a multi-output merge keeps its own."""
+    full = prepared.adapters[task].full_tensors
+    return [
+        (TensorSpec(peft_out.full_key(name), info.dtype, info.shape), _maker(prepared, name, (task,)))
+        for name, info in full.items()
+    ]
+
+
 def _maker(prepared: Prepared, name: str, models: tuple[int, ...]) -> Any:
     def make() -> Tensor:
         tensors = [prepared.adapters[t].full_tensor(name) for t in models]
@@ -154,4 +185,4 @@ def _maker(prepared: Prepared, name: str, models: tuple[int, ...]) -> Any:
     return make
 
 
-__all__ = ["full_tensors", "load_factors", "result_modules", "write_result", "write_text"]
+__all__ = ["header_metadata", "load_factors", "result_modules", "write_result", "write_text"]

@@ -35,6 +35,12 @@ class Spool:
         self._file.seek(self._end)
         self._end += self._file.write(data.view(-1).view(torch.uint8).numpy().data)
 
+    def put_factors(self, name: str, B: Tensor | None, A: Tensor | None) -> None:
+        """Append the factors of a module; one that is an identity is left out."""
+        for key, factor in (("B", B), ("A", A)):
+            if factor is not None:
+                self.put(f"{name}.{key}", factor)
+
     def get(self, key: str) -> Tensor:
         """Read a tensor back."""
         slot = self._slots[key]
