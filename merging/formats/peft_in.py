@@ -48,7 +48,7 @@ def read(source: Source, header: Header, label: str) -> Adapter:
     reader = _Reader(file, header, config)
     reader.check_full(full)
     modules = {name: reader.module(name, roles) for name, roles in sorted(pairs.items())}
-    warnings = [*source.notes, *config.notes, *notes]
+    warnings = [*source.notes, *config.notes, *notes, *_untargeted(modules, config)]
     silent = [name for name, module in modules.items() if module.scale == 0]
     if silent:
         warnings.append(f"lora_alpha is 0 for {len(silent)} modules, which therefore add nothing")
@@ -65,6 +65,22 @@ def read(source: Source, header: Header, label: str) -> Adapter:
         base_revision=config.revision or None,
         warnings=tuple(warnings),
     )
+
+
+def _untargeted(modules: Mapping[str, Module], config: AdapterConfig) -> list[str]:
+    """A warning when the configuration's list of targets leaves modules out, which PEFT would ignore."""
+    if not isinstance(config.target_modules, tuple):
+        return []
+    targets = frozenset(config.target_modules)
+    left_out = []
+    for name in modules:
+        segments = config_path(name).split(".")
+        if not any(".".join(segments[start:]) in targets for start in range(len(segments))):
+            left_out.append(name)
+    if not left_out:
+        return []
+    shown = ", ".join(left_out[:3])
+    return [f"target_modules does not name {len(left_out)} of the modules ({shown}); PEFT would ignore them"]
 
 
 def _sort_keys(header: Header, file: str) -> tuple[dict[str, dict[Role, str]], dict[str, str], list[str]]:

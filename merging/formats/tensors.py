@@ -77,7 +77,7 @@ class TensorFile:
         with self._lock:
             if self._handle is None:
                 try:
-                    handle = os.open(self.path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+                    handle = os.open(self.path, os.O_RDONLY | os.O_NONBLOCK | getattr(os, "O_CLOEXEC", 0))
                 except OSError:
                     self._changed()
                 if file_identity(os.fstat(handle)) != self.header.identity:
