@@ -8,9 +8,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from merging.basis_file import METADATA_KEY, describe
 from merging.card import model_card
 from merging.execute import Runner
 from merging.formats.writer import TensorSpec, write_safetensors
+from merging.planning import Prepared
 from merging.report import Findings, build_report
 from merging.result import header_metadata, write_result, write_text
 from merging.spool import Spool
@@ -68,7 +70,7 @@ def write_parts(
         files.update({f"{name}/{file}": sha for file, sha in written.items()})
     report = _whole(findings, digest, runner.device.type, reports, facts)
     if any(kept.values()):
-        files[ARTEFACT_NAME] = _write_artefact(folder, kept, spool, report, prepared.dtype)
+        files[ARTEFACT_NAME] = _write_artefact(folder, kept, spool, report, prepared)
     recipe = prepared.recipe
     card = model_card(recipe, prepared.resolved.method, report, prepared.table.base_model)
     files["README.md"] = write_text(folder / "README.md", card)
@@ -100,13 +102,15 @@ def _whole(
 
 
 def _write_artefact(
-    folder: Path, kept: dict[str, tuple[str, ...]], spool: Spool, report: dict[str, Any], dtype: str
+    folder: Path, kept: dict[str, tuple[str, ...]], spool: Spool, report: dict[str, Any], prepared: Prepared
 ) -> str:
     keys = [f"{name}.{key}" for name in sorted(kept) for key in kept[name]]
-    specs = [TensorSpec(key, dtype, spool.shape(key)) for key in keys]
+    specs = [TensorSpec(key, prepared.dtype, spool.shape(key)) for key in keys]
     metadata = {
         **header_metadata(report),
         "merganser.tasks": json.dumps(list(report["tasks"])),
         "merganser.models": json.dumps([entry["model"] for entry in report["inputs"]]),
     }
+    if prepared.resolved.method.name == "rmm":
+        metadata[METADATA_KEY] = describe(prepared, list(report["tasks"]), spool.shape).model_dump_json()
     return write_safetensors(folder / ARTEFACT_NAME, specs, (spool.get(key) for key in keys), metadata)

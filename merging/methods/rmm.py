@@ -229,9 +229,10 @@ def _combined(mean: Tensor, basis: Tensor, coeff: Tensor) -> Tensor:
 
 def _projected(x: Tensor, basis: Tensor, coeff: Tensor) -> Tensor:
     """Least-squares coefficients of ``x (G, P, r)``, ``(G, P or 1, p, 1)``."""
-    G, positions = coeff.shape[:2]
-    columns = basis.reshape(G, positions, -1, basis.shape[-1]).double()
-    solved: Tensor = torch.linalg.pinv(columns) @ x.reshape(G, positions, -1, 1).double()
+    G, positions, p = coeff.shape[:3]
+    size = x[0].numel() // positions
+    columns = basis.reshape(G, positions, size, p).double()
+    solved: Tensor = torch.linalg.pinv(columns) @ x.reshape(G, positions, size, 1).double()
     return solved.to(basis)
 
 
