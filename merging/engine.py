@@ -140,9 +140,12 @@ def _run(
     steps.total = runner.passes() * len(execute.units(prepared, device)) + 1
     with Spool(folder) as spool:
         if method.contract.multi_output:
-            report, files = write_parts(folder, runner, findings, spool, digest, steps.tick)
+            report, files = write_parts(
+                folder, runner.equalized(steps.tick), findings, spool, digest, steps.tick
+            )
         else:
-            for outcome in runner.surveyed(steps.tick).outcomes(steps.tick):
+            ready = runner.equalized(steps.tick).surveyed(steps.tick)
+            for outcome in ready.outcomes(steps.tick):
                 spool.put_factors(outcome.name, outcome.B, outcome.A)
                 findings.add(outcome)
             findings.settle_lambda()

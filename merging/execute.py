@@ -23,6 +23,7 @@ from merging.compress import RankRule, compress
 from merging.kernels import Context, Kernel, Merged, MultiKernel
 from merging.lowrank import inner, squared_norm
 from merging.planning import Batch, Prepared
+from merging.spaces import balance
 from merging.updates import LowRank, UpdateStack
 
 Item = TypeVar("Item")
@@ -110,11 +111,24 @@ class Runner:
     rule: RankRule
     device: torch.device
     threads: int
+    scales: tuple[float, ...] = ()
+
+    def equalized(self, tick: Callable[[str], None]) -> Runner:
+        """The runner that scales each model's whole update to the mean norm, if the recipe says so."""
+        if not self.prepared.recipe.prepare.equalize_norms:
+            return self
+        squares = [0.0] * len(self.prepared.adapters)
+        for tasks, found in self._map(self._squares, tick, "norms"):
+            for task, square in zip(tasks, found, strict=True):
+                squares[task] += square
+        norms = [square**0.5 for square in squares]
+        mean = sum(norms) / len(norms)
+        return replace(self, scales=tuple(mean / norm if norm > 0.0 else 1.0 for norm in norms))
 
     def surveyed(self, tick: Callable[[str], None]) -> Runner:
         """The runner after the kernel's passes over the whole model, if it takes any."""
         runner = self
-        for index in range(self.passes() - 1):
+        for index in range(self._surveys()):
             partials = list(runner._map(partial(runner._survey, index), tick, "survey"))
             shared = self.kernel.reduce(index, partials, runner.context)
             runner = replace(runner, context=replace(runner.context, shared=shared))
@@ -132,10 +146,13 @@ class Runner:
 
     def passes(self) -> int:
         """How many times each batch is visited."""
+        return 1 + int(self.prepared.recipe.prepare.equalize_norms) + self._surveys()
+
+    def _surveys(self) -> int:
         if self.prepared.resolved.method.contract.multi_output:
-            return 1
+            return 0
         kernel: Kernel = self.kernel
-        return 1 + kernel.surveys(self.context)
+        return kernel.surveys(self.context)
 
     def _map(
         self, function: Callable[[Batch], Result], tick: Callable[[str], None], phase: str
@@ -145,24 +162,37 @@ class Runner:
             yield result
             tick(phase)
 
+    def _load(self, batch: Batch) -> UpdateStack:
+        return load_stack(self.prepared, batch, self.device)
+
+    def _ready(self, stack: UpdateStack) -> UpdateStack:
+        """The stack after the recipe's preparatory steps."""
+        if self.scales:
+            stack = stack.scaled(torch.tensor([self.scales[task] for task in stack.tasks]))
+        return balance(stack) if self.prepared.recipe.prepare.balance else stack
+
+    def _squares(self, batch: Batch) -> tuple[tuple[int, ...], list[float]]:
+        stack = self._load(batch)
+        parts = [LowRank(B, A) for B, A in zip(stack.B, stack.A, strict=True)]
+        return batch.tasks, [float(squared_norm(part).sum()) for part in parts]
+
     def _survey(self, index: int, batch: Batch) -> Any:
-        stack = load_stack(self.prepared, batch, self.device)
-        return self.kernel.survey(index, stack, self.context)
+        return self.kernel.survey(index, self._ready(self._load(batch)), self.context)
 
     def _merge(self, batch: Batch) -> list[Outcome]:
-        stack = load_stack(self.prepared, batch, self.device)
+        stack = self._load(batch)
         rule = self.rule
         if rule.exact and self.prepared.resolved.method.name == "svd":
             rule = replace(rule, rank=max(batch.ranks))
         context = replace(self.context, rank=rule.ceiling if rule.energy is None else None)
-        merged = self.kernel.merge(stack, context)
+        merged = self.kernel.merge(self._ready(stack), context)
         done = compress(merged, rule, seed=context.seed, names=batch.names)
         return outcomes(stack, done.update, done.ranks, done.discarded)
 
     def _split(self, batch: Batch) -> list[Split]:
-        stack = load_stack(self.prepared, batch, self.device)
+        stack = self._load(batch)
         kernel: MultiKernel = self.kernel
-        done = kernel.split(stack, self.context)
+        done = kernel.split(self._ready(stack), self.context)
         columns = []
         for t, update in enumerate(done.updates):
             alone = UpdateStack(stack.names, (stack.tasks[t],), (stack.B[t],), (stack.A[t],))

@@ -57,6 +57,17 @@ class Output(_Strict):
         return self
 
 
+class Prepare(_Strict):
+    """Steps before the method, the same for every method.
+
+    ``balance`` rewrites each adapter in the canonical factors of its own SVD, so that no method sees how the
+    training split the product; ``equalize_norms`` scales each model's whole update to the mean norm.
+    """
+
+    balance: bool = False
+    equalize_norms: bool = False
+
+
 class TakeFrom(_Strict):
     """Copy the fully trained modules (``modules_to_save``) from one of the models."""
 
@@ -71,6 +82,7 @@ class Recipe(_Strict):
     base_model: str | None = None
     models: tuple[ModelEntry, ...] = Field(min_length=1, max_length=MAX_MODELS)
     parameters: dict[str, Any] = Field(default_factory=dict)
+    prepare: Prepare = Field(default_factory=Prepare)
     output: Output = Field(default_factory=Output)
     seed: int = Field(default=0, ge=0, lt=1 << 63)
     missing_modules: Literal["error", "zero"] = "error"

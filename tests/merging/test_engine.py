@@ -149,6 +149,40 @@ def test_a_number_for_lambda_means_exactly_that_number(three: list[Path], tmp_pa
         torch.testing.assert_close(quarter[name], 0.25 * one[name], rtol=1e-5, atol=1e-7)
 
 
+def test_equalised_inputs_enter_with_the_mean_norm(three: list[Path], tmp_path: Path) -> None:
+    merging.merge(recipe(three, prepare={"equalize_norms": True}), tmp_path / "out")
+    deltas = [products(path) for path in three]
+    norms = [sum(float((d**2).sum()) for d in delta.values()) ** 0.5 for delta in deltas]
+    mean = sum(norms) / 3
+    for name, delta in products(tmp_path / "out").items():
+        expected = sum(mean / norm * d[name] for norm, d in zip(norms, deltas, strict=True))
+        torch.testing.assert_close(delta, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_balancing_makes_every_method_blind_to_the_gauge(three: list[Path], tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(str(three[0] / "adapter_model.safetensors"))
+    for key in tensors:
+        tensors[key] *= 4.0 if "lora_A" in key else 0.25
+    other = write_adapter(tmp_path / "other", seed=1, rank=4, alpha=8)
+    save_file(tensors, str(other / "adapter_model.safetensors"), metadata={"format": "pt"})
+    for balance in (True, False):
+        merged = []
+        for i, first in enumerate((three[0], other)):
+            data = recipe(
+                [first, three[1]],
+                "ties",
+                space="core",
+                parameters={"core_gauge": "asis"},
+                prepare={"balance": balance},
+            )
+            merging.merge(data, tmp_path / f"{balance}{i}")
+            merged.append(products(tmp_path / f"{balance}{i}"))
+        apart = max(float((merged[0][n] - merged[1][n]).norm() / merged[0][n].norm()) for n in merged[0])
+        assert (apart < 1e-4) is balance
+
+
 def test_zero_adapters_merge_to_zero(tmp_path: Path) -> None:
     paths = [write_adapter(tmp_path / str(i), seed=i, zero=True) for i in range(2)]
     for method in ("linear", "svd", "ties"):
