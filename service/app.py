@@ -8,9 +8,9 @@ from contextlib import asynccontextmanager
 from fastapi import FastAPI
 
 from merging import __version__
-from service import openapi, problems
+from service import handlers, openapi
 from service.deps import Services
-from service.hosts import HostCheck
+from service.gates import HostGate, LengthGate
 from service.routers import events, health, merges, methods, models
 from service.settings import Settings
 
@@ -41,8 +41,9 @@ def create_app(settings: Settings) -> FastAPI:
         generate_unique_id_function=lambda route: route.name,
         redirect_slashes=False,
     )
-    problems.install(app)
-    app.add_middleware(HostCheck, settings=settings)
+    handlers.install(app)
+    app.add_middleware(LengthGate, limit=BODY_LIMIT)
+    app.add_middleware(HostGate, settings=settings)
     for module in (models, merges, events, methods, health):
         app.include_router(module.router)
     openapi.customise(app)

@@ -1,57 +1,15 @@
-"""Every error as ``application/problem+json`` (RFC 9457), with a stable ``code``."""
+"""Problem documents (RFC 9457): the one form of every error, in answers and in records of merges."""
 
 from __future__ import annotations
 
-import logging
 import re
-from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any
 
-from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
-from starlette.exceptions import HTTPException
-from starlette.routing import Match
-
 from merging.errors import InputError, MergeError
-from service.broker import TRANSIENT
-from service.errors import RangeNotSatisfiable, ServiceError, Unavailable
+from service.errors import ServiceError, Unavailable
 
 MEDIA_TYPE = "application/problem+json"
-_log = logging.getLogger("merganser.api")
-_CODES = {
-    400: "bad_request",
-    404: "not_found",
-    405: "method_not_allowed",
-    406: "not_acceptable",
-    411: "length_required",
-    413: "too_large",
-    415: "unsupported_media_type",
-    416: "range_not_satisfiable",
-    431: "headers_too_large",
-}
-
-
-class ProblemResponse(JSONResponse):
-    """A problem document."""
-
-    media_type = MEDIA_TYPE
-
-
-def problem(
-    status: int,
-    code: str,
-    detail: str,
-    *,
-    instance: str | None = None,
-    remedy: str | None = None,
-    errors: list[dict[str, Any]] | None = None,
-    headers: Mapping[str, str] | None = None,
-) -> ProblemResponse:
-    """A problem response. ``instance`` is the path of the request."""
-    body = document(status, code, detail, instance=instance, remedy=remedy, errors=errors)
-    return ProblemResponse(body, status_code=status, headers=dict(headers or {}))
 
 
 def document(
@@ -88,22 +46,11 @@ def status_of(error: MergeError) -> int:
 
 def describe(error: MergeError) -> dict[str, Any]:
     """A deliberate error as a problem that is kept with a failed merge."""
-    return document(
-        status_of(error), error.code, error.message, remedy=error.remedy, errors=_errors_of(error)
-    )
+    return document(status_of(error), error.code, error.message, remedy=error.remedy, errors=errors_of(error))
 
 
-def install(app: FastAPI) -> None:
-    """Answer every error of ``app`` with a problem."""
-    app.add_exception_handler(MergeError, _deliberate)
-    app.add_exception_handler(RequestValidationError, _invalid)
-    app.add_exception_handler(HTTPException, _http)
-    for kind in TRANSIENT:
-        app.add_exception_handler(kind, _redis_away)
-    app.add_exception_handler(Exception, _unexpected)
-
-
-def _errors_of(error: MergeError) -> list[dict[str, Any]]:
+def errors_of(error: MergeError) -> list[dict[str, Any]]:
+    """Where a deliberate error lies, as items of a problem."""
     if not error.where:
         return []
     item: dict[str, Any] = {"detail": error.message, "kind": error.code}
@@ -112,95 +59,3 @@ def _errors_of(error: MergeError) -> list[dict[str, Any]]:
         item["pointer"] = "/" + "/".join(re.findall(r"[^.\[\]]+", field))
     item.update({key: value for key, value in sorted(error.where.items()) if key != "field"})
     return [item]
-
-
-async def _deliberate(request: Request, error: Exception) -> ProblemResponse:
-    assert isinstance(error, MergeError)
-    headers = {}
-    if isinstance(error, RangeNotSatisfiable):
-        headers["Content-Range"] = f"bytes */{error.size}"
-    if isinstance(error, Unavailable):
-        headers["Retry-After"] = "2"
-    return problem(
-        status_of(error),
-        error.code,
-        error.message,
-        instance=request.url.path,
-        remedy=error.remedy,
-        errors=_errors_of(error),
-        headers=headers,
-    )
-
-
-async def _invalid(request: Request, error: Exception) -> ProblemResponse:
-    assert isinstance(error, RequestValidationError)
-    errors = []
-    malformed = False
-    for item in error.errors():
-        source, *path = [str(part) for part in item["loc"]] or ["body"]
-        kind = item["type"]
-        malformed = malformed or kind in ("json_invalid", "json_type")
-        if kind == "json_invalid":
-            path = []
-        entry = {"detail": item["msg"], "kind": kind, "in": source}
-        errors.append({**entry, "pointer": "/" + "/".join(path)} if source == "body" else entry)
-        if source != "body":
-            errors[-1]["parameter"] = ".".join(path)
-    first = errors[0]
-    place = first.get("parameter") or first.get("pointer", "/")
-    if malformed:
-        return problem(
-            400, "body_not_json", f"the body is not valid JSON: {first['detail']}",
-            instance=request.url.path, errors=errors,
-        )  # fmt: skip
-    return problem(
-        422, "request_invalid", f"{place}: {first['detail']}", instance=request.url.path, errors=errors
-    )
-
-
-async def _http(request: Request, error: Exception) -> ProblemResponse:
-    assert isinstance(error, HTTPException)
-    headers = dict(error.headers or {})
-    status = error.status_code
-    detail = str(error.detail)
-    if status == 405:
-        headers["Allow"] = ", ".join(allowed_methods(request))
-        detail = f"{request.method} is not possible here; use {headers['Allow']}"
-    elif status == 404 and detail == "Not Found":
-        detail = f"there is nothing at {request.url.path[:200]}"
-    elif status == 413:
-        detail = "the body is larger than this resource accepts"
-    code = _CODES.get(status, f"http_{status}")
-    return problem(status, code, detail, instance=request.url.path, headers=headers)
-
-
-def allowed_methods(request: Request) -> list[str]:
-    """The methods for which some route takes the path; Starlette names those of the first route only."""
-    routes = request.app.routes
-    return [
-        method
-        for method in ("DELETE", "GET", "HEAD", "PATCH", "POST", "PUT")
-        if any(route.matches({**request.scope, "method": method})[0] is Match.FULL for route in routes)
-    ]
-
-
-async def _redis_away(request: Request, error: Exception) -> ProblemResponse:
-    _log.warning("redis cannot be reached: %s", error)
-    return problem(
-        503,
-        "redis_unavailable",
-        "the job store cannot be reached at the moment",
-        instance=request.url.path,
-        remedy="Try again in a few seconds",
-        headers={"Retry-After": "2"},
-    )
-
-
-async def _unexpected(request: Request, error: Exception) -> ProblemResponse:
-    _log.error("unexpected error in %s %s", request.method, request.url.path, exc_info=error)
-    return problem(
-        500,
-        "internal_error",
-        "an unexpected error happened; it has been logged",
-        instance=request.url.path,
-    )

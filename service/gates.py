@@ -1,0 +1,69 @@
+"""What a request must pass before anything else looks at it."""
+
+from __future__ import annotations
+
+from urllib.parse import urlsplit
+
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from service.handlers import problem
+from service.settings import Settings, is_loopback
+
+
+def _header(scope: Scope, name: bytes) -> str:
+    return next((value for key, value in scope["headers"] if key == name), b"").decode("latin-1")
+
+
+class HostGate:
+    """A service without keys answers to the names of this machine and of ``public_url`` only.
+
+    Otherwise a web page could reach it through a name of its own that resolves to 127.0.0.1.
+    """
+
+    def __init__(self, app: ASGIApp, settings: Settings) -> None:
+        self._app = app
+        self._public = urlsplit(settings.public_url).hostname if settings.public_url else None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or self._allowed(_header(scope, b"host")):
+            await self._app(scope, receive, send)
+            return
+        response = problem(
+            421,
+            "host_not_allowed",
+            "this service listens for its own machine only, and was addressed by another name",
+            remedy="Use http://127.0.0.1, or set MERGANSER_PUBLIC_URL",
+        )
+        await response(scope, receive, send)
+
+    def _allowed(self, header: str) -> bool:
+        try:
+            host = urlsplit(f"//{header}").hostname
+        except ValueError:
+            return False
+        return host is not None and (is_loopback(host) or host == self._public)
+
+
+class LengthGate:
+    """A body that announces more than a document may have is refused; only uploads of files may have more.
+
+    Bodies without a length are counted while they stream.
+    """
+
+    def __init__(self, app: ASGIApp, limit: int) -> None:
+        self._app = app
+        self._limit = limit
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["method"] != "PUT":
+            length = _header(scope, b"content-length")
+            if length.isdecimal() and int(length) > self._limit:
+                response = problem(
+                    413,
+                    "too_large",
+                    f"the body has {length} bytes; the limit is {self._limit}",
+                    instance=scope["path"],
+                )
+                await response(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
