@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from functools import cached_property
 from typing import Annotated, Any, Literal, NoReturn
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from merging.errors import InputError
 from merging.formats.patterns import PatternTable
@@ -77,6 +77,13 @@ def _tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
+def _printable(value: str) -> str:
+    if not value.isprintable():
+        raise ValueError("control characters are not accepted")
+    return value
+
+
+_Text = Annotated[str, Field(max_length=4096), AfterValidator(_printable)]
 _Name = Annotated[str, Field(min_length=1, max_length=1024)]
 _Names = Annotated[tuple[_Name, ...], BeforeValidator(_tuple), Field(max_length=100_000)]
 _Rank = Annotated[int, Field(ge=1, le=1 << 20)]
@@ -106,11 +113,11 @@ class AdapterConfig(BaseModel):
     modules_to_save: _Names | None = None
     bias: Literal["none", "all", "lora_only"] = "none"
     fan_in_fan_out: bool = False
-    base_model_name_or_path: Annotated[str, Field(max_length=4096)] | None = None
-    revision: Annotated[str, Field(max_length=1024)] | None = None
-    task_type: Annotated[str, Field(max_length=64)] | None = None
+    base_model_name_or_path: _Text | None = None
+    revision: _Text | None = None
+    task_type: _Text | None = None
     init_lora_weights: bool | str | None = True
-    peft_version: Annotated[str, Field(max_length=128)] | None = None
+    peft_version: _Text | None = None
     file: str = Field(default="adapter_config.json", exclude=True)
     notes: tuple[str, ...] = Field(default=(), exclude=True)
 
@@ -121,6 +128,10 @@ class AdapterConfig(BaseModel):
     @cached_property
     def _alphas(self) -> PatternTable:
         return PatternTable(self.alpha_pattern, field="alpha_pattern", file=self.file)
+
+    def compile_patterns(self) -> None:
+        """Check both pattern tables now rather than at the first look-up."""
+        _ = self._ranks, self._alphas
 
     def rank_of(self, path: str) -> int:
         """The rank that the configuration states for a module path (without PEFT's prefix)."""
@@ -168,11 +179,13 @@ def parse_adapter_config(data: bytes, *, file: str = "adapter_config.json") -> A
     if raw.get("velora_config"):
         notes.append(f"{file} names velora_config, which only concerns training and was ignored")
     try:
-        return AdapterConfig(**known, file=file, notes=tuple(notes))
+        config = AdapterConfig(**known, file=file, notes=tuple(notes))
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
         field = str(first["loc"][0]) if first["loc"] else ""
         _fail("config_field", file, field, f"{field}: {first['msg']}")
+    config.compile_patterns()
+    return config
 
 
 def _load(data: bytes, file: str) -> dict[str, Any]:
@@ -194,6 +207,7 @@ def _load(data: bytes, file: str) -> dict[str, Any]:
             parse_constant=_reject_number,
             parse_int=lambda text: int(text) if len(text) <= 19 else _reject_number(text),
         )
+        json.dumps(raw, ensure_ascii=False).encode()  # a lone surrogate could not be reported or stored
     except (ValueError, RecursionError) as error:
         detail = "too deeply nested" if isinstance(error, RecursionError) else str(error)[:120]
         _fail("config_not_json", file, None, f"not valid JSON ({detail})")
@@ -223,5 +237,5 @@ def _check_init(value: object, file: str) -> None:
 
 
 def _fail(code: str, file: str, field: str | None, what: str, *, remedy: str | None = None) -> NoReturn:
-    where = {"file": file} | ({"field": field} if field else {})
+    where = {"file": file} | ({"field": field.encode("ascii", "backslashreplace").decode()} if field else {})
     raise InputError(code, f"{file}: {what}", remedy=remedy, where=where) from None

@@ -37,6 +37,17 @@ __all__ = [
 ]
 
 
+TASK_TYPES = (
+    "CAUSAL_LM",
+    "FEATURE_EXTRACTION",
+    "QUESTION_ANS",
+    "SEQ_2_SEQ_LM",
+    "SEQ_CLS",
+    "TOKEN_CLS",
+)
+"""The task types that PEFT knows; it refuses a configuration with any other."""
+
+
 @dataclass(frozen=True, slots=True)
 class ResultModule:
     """One module of a result: ``delta = B @ A`` with B (m, rank) and A (rank, n)."""
@@ -119,7 +130,7 @@ def adapter_config(
     rank = max(counts, key=lambda value: (counts[value], value))
     pattern = {f"^{re.escape(path)}": value for path, value in ranks.items() if value != rank}
     head = HEADS.get(task_type or "", ())
-    if head and not any(name in modules_to_save for name in head):
+    if task_type not in TASK_TYPES or (head and not any(name in modules_to_save for name in head)):
         task_type = None
     return {
         "alpha_pattern": pattern,

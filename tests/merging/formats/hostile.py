@@ -209,6 +209,9 @@ def _configs() -> Iterator[Case]:
     yield _config("no_peft_type", "peft_type_unsupported", drop=("peft_type",))
     for kind in ("ADALORA", "LOHA", "LOKR", "VERA", "IA3", "OFT", "PROMPT_TUNING", "NEW", 7, ["LORA"]):
         yield _config(f"peft_type_{kind}", "peft_type_unsupported", peft_type=kind)
+    yield raw("surrogate_key", b'{"\\ud800": 1, "peft_type": "LORA"}', "config_not_json")
+    yield raw("surrogate_twice", b'{"\\ud800": 1, "\\ud800": 2}', "config_duplicate_key")
+    yield _config("base_with_newline", "config_field", base_model_name_or_path="a\nlicense: mit")
     yield _config("rank_text", "config_field", r="2")
     yield _config("rank_bool", "config_field", r=True)
     yield _config("rank_zero", "config_field", r=0)
