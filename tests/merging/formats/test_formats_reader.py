@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 from pathlib import Path
@@ -11,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 from formats.build import CONFIG, PAIR, PREFIX, Shapes, entries, pack, values, write_adapter
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from merging.errors import InputError, MergeFailure
 from merging.formats.adapter import READERS, open_adapter
@@ -310,3 +313,26 @@ def test_the_smallest_configuration(tmp_path: Path) -> None:
     keep = {"peft_type", "r", "lora_alpha"}
     adapter = open_adapter(write_adapter(tmp_path / "a", drop=tuple(set(CONFIG) - keep)))
     assert (adapter.base_model, adapter.base_revision, adapter.warnings) == (None, None, ())
+
+
+@settings(max_examples=300, deadline=None)
+@given(changes=st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 255)), min_size=1, max_size=4))
+def test_damaged_bytes_never_escape_as_another_error(
+    changes: list[tuple[int, int]], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = write_adapter(tmp_path_factory.mktemp("damaged"), {**PAIR, f"{PREFIX}head.weight": (2,)})
+    config, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
+    data = bytearray(config.read_bytes() + weights.read_bytes())
+    size = config.stat().st_size
+    for place, byte in changes:
+        data[place % (len(data) - 64)] = byte  # the last bytes are numbers, where any byte is allowed
+    config.write_bytes(data[:size])
+    weights.write_bytes(data[size:])
+    try:
+        adapter = open_adapter(folder)
+    except InputError as error:
+        json.dumps(error.to_dict(), ensure_ascii=False).encode()
+        return
+    for name, module in adapter.modules.items():
+        left, right = adapter.factors(name)
+        assert (left.shape, right.shape) == ((module.m, module.rank), (module.rank, module.n))
