@@ -108,7 +108,11 @@ def row_blocks(rows: Tensor) -> list[tuple[int, int]]:
 
 
 def _threshold(rows: Tensor, entries: Tensor, density: float) -> Tensor:
-    """The ``round(density L) + 1``-th largest magnitude of each module, ``(G, 1, 1, 1)``."""
+    """The ``round(density L) + 1``-th largest magnitude of each module, ``(G, 1, 1, 1)``.
+
+    Lowered by rounding noise: the unit rows of a rank-one task are equal up to sign, and such ties must
+    live or die together.
+    """
     if density >= 1.0:
         return rows.new_zeros((rows.shape[0], 1, 1, 1))
     kept = torch.minimum((entries.double() * density).round().long() + 1, entries).clamp_min(1)
@@ -116,7 +120,7 @@ def _threshold(rows: Tensor, entries: Tensor, density: float) -> Tensor:
         found = torch.stack([kth_magnitude(module, int(k)) for module, k in zip(rows, kept, strict=True)])
     else:
         found = batched_kth_largest(rows.abs().flatten(1).unsqueeze(1), kept.unsqueeze(-1)).squeeze(-1)
-    return found.view(-1, 1, 1, 1)
+    return found.view(-1, 1, 1, 1) * (1.0 - (1e-12 if rows.dtype == torch.float64 else 1e-6))
 
 
 drm_h = Local(merge_horizontal)
