@@ -15,7 +15,7 @@ from service import cli
 from service.cli_errors import run_reporting
 
 LOCAL_COMMANDS = ("merge", "plan", "methods", "inspect")
-CLIENT_COMMANDS = ()
+CLIENT_COMMANDS = ("submit", "push", "pull")
 SERVER_COMMANDS = ("up", "serve", "worker")
 
 

@@ -1,0 +1,132 @@
+"""Commands that talk to a running service: ``submit``, ``push`` and ``pull``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from service.cli_console import ShowProgress, note, progress, say
+
+if TYPE_CHECKING:
+    from service.client import Client
+
+DEFAULT_URL = "http://127.0.0.1:8642"
+
+
+def add_commands(commands: Any) -> None:
+    """Add the client commands to argparse's ``commands`` (the object of ``add_subparsers``)."""
+    submit = _client_command(
+        commands,
+        "submit",
+        "submit a recipe to a service",
+        "Submit a recipe and print the id of the merge. Its models are models of the service.",
+    )
+    submit.add_argument("recipe", type=Path, metavar="RECIPE", help="YAML or JSON file")
+    submit.add_argument(
+        "--push", metavar="NS", help="upload the recipe's local folders into this namespace first"
+    )
+    submit.add_argument("--wait", action="store_true", help="follow the merge to its end")
+    submit.add_argument("--out", type=Path, metavar="DIR", help="wait, then download the result here")
+    submit.add_argument("--quiet", action="store_true", help="no progress")
+    submit.set_defaults(run=_submit)
+
+    push = _client_command(
+        commands,
+        "push",
+        "upload an adapter",
+        "Upload an adapter directory as a new revision of a model.",
+    )
+    push.add_argument("directory", type=Path, metavar="DIR", help="adapter directory")
+    push.add_argument("model", metavar="NS/NAME", help="name of the model")
+    push.set_defaults(run=_push)
+
+    pull = _client_command(
+        commands,
+        "pull",
+        "download a model, or the result of a merge",
+        "Download a model, or the result of a merge by its id.",
+    )
+    pull.add_argument("model", metavar="NS/NAME[@REVISION]", help="a model, or the id of a merge")
+    pull.add_argument("directory", type=Path, metavar="DIR", help="where to write")
+    pull.set_defaults(run=_pull)
+
+
+def _client_command(commands: Any, name: str, summary: str, text: str) -> argparse.ArgumentParser:
+    command: argparse.ArgumentParser = commands.add_parser(
+        name, help=summary, description=f"{text} The key comes from MERGANSER_API_KEY."
+    )
+    command.add_argument(
+        "--url",
+        default=os.environ.get("MERGANSER_URL", DEFAULT_URL),
+        help="the service (default: MERGANSER_URL, else %(default)s)",
+    )
+    return command
+
+
+def _submit(args: argparse.Namespace) -> int:
+    from merging.recipe import Recipe
+
+    recipe = Recipe.load(args.recipe).model_dump(mode="json")
+    with _connect(args) as client:
+        if args.push is not None:
+            recipe["models"] = [_pushed(client, entry, args.push) for entry in recipe["models"]]
+        merge_id = client.submit(recipe)["id"]
+        if not (args.wait or args.out):
+            say(merge_id)
+            return 0
+        note(f"merge {merge_id}")
+        with progress(quiet=args.quiet) as show:
+            merge = client.wait(merge_id, partial(show_event, show))
+        if merge["result"] is None:
+            from service.client import failure
+
+            raise failure(merge)
+        if args.out is None:
+            say(merge_id)
+        else:
+            client.download_result(merge_id, args.out)
+            say(str(args.out))
+    return 0
+
+
+def show_event(show: ShowProgress, kind: str, data: dict[str, Any]) -> None:
+    """Show an event of a merge: ``progress`` as it is, ``state`` by its name."""
+    if kind == "progress":
+        show(data["phase"], data["progress"], data.get("message") or "")
+    elif kind == "state":
+        show(data["state"], 1.0 if data["state"] == "succeeded" else 0.0, "")
+
+
+def _pushed(client: Client, entry: dict[str, Any], ns: str) -> dict[str, Any]:
+    """The entry of a model; a local folder is uploaded and replaced by its revision in the service."""
+    folder = Path(entry["model"])
+    if not folder.is_dir():
+        return entry
+    revision = client.push_dir(folder, f"{ns}/{folder.resolve().name}")
+    note(f"pushed {folder} as {revision['model']}")
+    return {**entry, "model": f"{revision['model']}@{revision['revision']}"}
+
+
+def _push(args: argparse.Namespace) -> int:
+    with _connect(args) as client:
+        revision = client.push_dir(args.directory, args.model)
+    for warning in revision["warnings"]:
+        note(f"warning: {warning}")
+    say(f"{revision['model']}@{revision['revision']}")
+    return 0
+
+
+def _pull(args: argparse.Namespace) -> int:
+    with _connect(args) as client:
+        client.pull(args.model, args.directory)
+    say(str(args.directory))
+    return 0
+
+
+def _connect(args: argparse.Namespace) -> Client:
+    from service.client import Client
+
+    return Client(args.url, key=os.environ.get("MERGANSER_API_KEY"))
