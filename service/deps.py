@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Annotated
 
 import redis
@@ -17,6 +12,7 @@ from redis.asyncio import Redis as AsyncRedis
 
 from service.broker import connect, connect_async
 from service.jobs import Jobs
+from service.quota import Quota
 from service.registry import Registry
 from service.settings import LOCAL_TENANT, Settings
 from service.sources import Sources
@@ -34,6 +30,7 @@ class Services:
     registry: Registry
     jobs: Jobs
     sources: Sources
+    quota: Quota
     closing: asyncio.Event = field(default_factory=asyncio.Event)
 
     @classmethod
@@ -42,26 +39,17 @@ class Services:
         connection = connect(settings)
         storage = Storage.open(settings.storage_location)
         jobs = Jobs(connection, storage)
-        registry = Registry(storage, connection, lambda: workplace(settings))
+        registry = Registry(storage, connection, settings.scratch_dir)
         sources = Sources(registry, jobs, storage)
-        return cls(settings, connection, connect_async(settings), storage, registry, jobs, sources)
+        events = connect_async(settings)
+        quota = Quota(events, settings.max_tenant_bytes)
+        return cls(settings, connection, events, storage, registry, jobs, sources, quota)
 
     async def close(self) -> None:
         """Give the connections back."""
         self.closing.set()
         await self.events.aclose()
         self.redis.close()
-
-
-@contextmanager
-def workplace(settings: Settings) -> Iterator[Path]:
-    """A fresh private folder on the data volume, removed afterwards."""
-    settings.scratch_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix="check-", dir=settings.scratch_dir))
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def services(request: Request) -> Services:

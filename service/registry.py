@@ -8,8 +8,6 @@ names and the order of models and revisions, and can be rebuilt.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +20,7 @@ from service.documents import FileEntry, Manifest, manifest_key, revision_of
 from service.errors import Conflict, NotFound, TooLarge
 from service.names import Reference
 from service.paging import page
+from service.scratch import scratch
 from service.storage import Blob, Storage, blob_key
 
 STAGING_SECONDS = 24 * 3600
@@ -38,18 +37,18 @@ end
 class Registry:
     """Models of all tenants. Every method takes the tenant first; another tenant's model does not exist.
 
-    ``workplace`` gives a fresh folder on the volume of the storage, removed at the end of its context.
+    ``scratch_dir`` is for temporary folders, best on the volume of the storage.
     """
 
     def __init__(
         self,
         storage: Storage,
         connection: redis.Redis,
-        workplace: Callable[[], AbstractContextManager[Path]],
+        scratch_dir: Path,
     ) -> None:
         self._storage = storage
         self._redis = connection
-        self._workplace = workplace
+        self._scratch_dir = scratch_dir
 
     # the next revision
 
@@ -92,7 +91,7 @@ class Registry:
         return manifest
 
     def _create(self, tenant: str, model: str, revision: str, files: tuple[FileEntry, ...]) -> Manifest:
-        with self._workplace() as folder:
+        with scratch(self._scratch_dir) as folder:
             self._place(tenant, files, folder)
             facts = _inspect(folder, model)
         manifest = Manifest(model=model, revision=revision, created_at=now(), files=files, **facts)

@@ -28,10 +28,11 @@ CHUNK = 1 << 20
 
 @dataclass(frozen=True)
 class Blob:
-    """What was stored: its sha256 (hex) and its size in bytes."""
+    """What was stored: its sha256 (hex), its size in bytes, and whether it was not there before."""
 
     sha256: str
     size: int
+    new: bool = True
 
 
 def blob_key(tenant: str, sha256: str) -> str:
@@ -162,10 +163,11 @@ class Storage:
 
         staged = f"staging/{tenant}/{uuid.uuid4().hex}"
         await obstore.put_async(self._store, staged, counted())
-        blob = Blob(digest.hexdigest(), size)
+        key = blob_key(tenant, digest.hexdigest())
+        known = await asyncio.to_thread(self.size, key)
         await asyncio.to_thread(self._to_disk, staged)
-        await obstore.rename_async(self._store, staged, blob_key(tenant, blob.sha256))
-        return blob
+        await obstore.rename_async(self._store, staged, key)
+        return Blob(digest.hexdigest(), size, new=known is None)
 
     async def stream(self, key: str, start: int, end: int) -> AsyncIterator[bytes]:
         """The bytes ``[start, end)`` of an object in chunks."""

@@ -31,6 +31,7 @@ class Up:
         self.state.unlink(missing_ok=True)
         environment = {
             **os.environ,
+            "PYTHONPATH": str(ROOT),  # this checkout, whatever is installed
             "MERGANSER_PORT": "0",
             "MERGANSER_DATA_DIR": str(self.data),
             "MERGANSER_DEVICES": "cpu",

@@ -60,8 +60,11 @@ class Reaper:
             self._jobs.settle(tenant, merge_id)
         overdue.forget_others()
 
-    def free(self, worker_name: str) -> None:
-        """Queue again at once what a worker held that is known to be dead."""
+    def free(self, worker_name: str, *, blameless: bool = False) -> None:
+        """Queue again at once what a worker held that is known to be dead.
+
+        ``blameless``: it was stopped in order, which does not count against the merge.
+        """
         key = WORKER_EXECUTIONS_KEY_TEMPLATE.format(worker_name)
         held = [text(member) for member in self._redis.smembers(key)]
         for queue in self._queues:
@@ -69,6 +72,10 @@ class Reaper:
             if held:
                 self._redis.zadd(registry.key, dict.fromkeys(held, 1), xx=True)
             registry.cleanup()
+        for member in held if blameless else ():
+            job_key = MergeJob.key_for(member.partition(":")[0])
+            if self._redis.hexists(job_key, "retries_left"):
+                self._redis.hincrby(job_key, "retries_left", 1)
         worker_key = f"{BaseWorker.redis_worker_namespace_prefix}{worker_name}"
         with self._redis.pipeline() as pipe:
             pipe.delete(key, worker_key)

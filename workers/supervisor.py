@@ -16,9 +16,10 @@ from dataclasses import dataclass, field
 from service.broker import TRANSIENT, connect
 from service.jobs import Jobs
 from service.logs import configure
+from service.scratch import sweep
 from service.settings import Settings
 from service.storage import Storage
-from workers import devices, scratch
+from workers import devices
 from workers import environment as env
 from workers.reaper import Reaper
 
@@ -61,7 +62,6 @@ class Supervisor:
 
     async def run(self, stop: asyncio.Event, *, grace: float = WORKER_GRACE_SECONDS) -> None:
         """Supervise until ``stop``; running merges then get ``grace`` seconds, and are queued again."""
-        await asyncio.to_thread(scratch.sweep, self._settings.scratch_dir)
         sweeper = asyncio.create_task(self._sweep(stop))
         try:
             while not stop.is_set():
@@ -110,10 +110,9 @@ class Supervisor:
         seat.due = time.monotonic() + pause
         await self._free(seat.name)
 
-    async def _free(self, name: str) -> None:
+    async def _free(self, name: str, *, blameless: bool = False) -> None:
         try:
-            await asyncio.to_thread(self._reaper.free, name)
-            await asyncio.to_thread(scratch.sweep, self._settings.scratch_dir)
+            await asyncio.to_thread(self._reaper.free, name, blameless=blameless)
         except TRANSIENT as error:
             _log.warning("could not free what %s held; its heartbeat will expire: %s", name, error)
 
@@ -121,6 +120,7 @@ class Supervisor:
         while not stop.is_set():
             pause = _SWEEP_SECONDS
             try:
+                await asyncio.to_thread(sweep, self._settings.scratch_dir)
                 await asyncio.to_thread(self._reaper.sweep)
             except TRANSIENT as error:
                 _log.warning("redis cannot be reached: %s", error)
@@ -143,7 +143,7 @@ class Supervisor:
                 _signal(seat, signal.SIGKILL)  # its work-horse goes with it
             await asyncio.to_thread(seat.process.wait)
             if forced:
-                await self._free(seat.name)
+                await self._free(seat.name, blameless=True)
 
 
 def _signal(seat: _Seat, number: signal.Signals) -> None:

@@ -21,11 +21,11 @@ from service.documents import FileEntry, MergeResult, attempts_prefix, result_ke
 from service.jobs import Jobs
 from service.problems import describe
 from service.registry import Registry, hide_folder
+from service.scratch import scratch
 from service.settings import load_settings
 from service.sources import Sources
 from service.storage import Storage
 from workers import environment as env
-from workers.scratch import Scratch
 
 _REPORT_SECONDS = 0.2
 _ENGINE_SHARE = 0.95
@@ -38,13 +38,10 @@ def run_merge(tenant: str, merge_id: str) -> None:
     connection = connect(settings, patient=True)
     storage = Storage.open(settings.storage_location)
     jobs = Jobs(connection, storage)
-    scratch = Scratch(settings.scratch_dir)
-    registry = Registry(storage, connection, lambda: scratch.folder("check"))
+    sources = Sources(Registry(storage, connection, settings.scratch_dir), jobs, storage)
     task = Task(tenant, merge_id, os.environ["RQ_EXECUTION_ID"], jobs, storage)
-    try:
-        task.run(Sources(registry, jobs, storage), scratch.path)
-    finally:
-        scratch.close()
+    with scratch(settings.scratch_dir) as folder:
+        task.run(sources, folder)
 
 
 class Task:

@@ -9,13 +9,14 @@ from fastapi import APIRouter, Body, Path, Query, Request, Response, status
 from merging.errors import MergeError
 from merging.recipe import Recipe
 from service.content import send
-from service.deps import Cursor, Limit, Services, ServicesDep, TenantDep, workplace
+from service.deps import Cursor, Limit, Services, ServicesDep, TenantDep
 from service.documents import MergeRecord, MergeState, result_key
 from service.errors import Conflict, NotFound
 from service.names import MERGE_ID_PATTERN
 from service.registry import hide_folder
 from service.schemas.merges import Merge, MergePage, MergeRequest, MergeSummary
 from service.schemas.models import StoredFile
+from service.scratch import scratch
 
 router = APIRouter(prefix="/v1/merges", tags=["merges"])
 
@@ -90,7 +91,7 @@ def _plan(services: Services, tenant: str, recipe: Recipe) -> tuple[Recipe, dict
 
     catalog.resolve(recipe)  # the cheap checks come before any file is touched
     pinned = services.sources.pin(tenant, recipe)
-    with workplace(services.settings) as folder:
+    with scratch(services.settings.scratch_dir) as folder:
         try:
             found = plan(pinned, resolve=services.sources.place(tenant, pinned, folder))
             return pinned, found.to_dict()

@@ -75,7 +75,11 @@ async def _receive(request: Request, services: Services, tenant: str, path: str,
     try:
         if length.isdecimal() and int(length) > limit:
             raise StreamTooLong(limit)
-        return await services.storage.put_stream(tenant, _sniffed(request, path), limit=limit, expect=expect)
+        async with services.quota.grant(tenant, int(length) if length.isdecimal() else 0) as grant:
+            chunks = grant.metered(_sniffed(request, path))
+            blob = await services.storage.put_stream(tenant, chunks, limit=limit, expect=expect)
+            grant.kept = blob.size if blob.new else 0
+            return blob
     except StreamTooLong as error:
         raise TooLarge(
             "file_too_large", f"{path} has more than {limit} bytes", where={"file": path}

@@ -1,4 +1,4 @@
-"""Folders for work in progress, each owned by a living worker.
+"""Folders for work in progress, each owned by a living process.
 
 A folder belongs to the process that holds the lock on the file in it. Whoever finds it unlocked knows that
 its owner is dead and may remove it.
@@ -23,23 +23,28 @@ class Scratch:
 
     def __init__(self, root: Path) -> None:
         root.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self.path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=root))
-        self._handle = os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        fcntl.flock(self._handle, fcntl.LOCK_EX)
-
-    @contextmanager
-    def folder(self, prefix: str) -> Iterator[Path]:
-        """A fresh folder inside, removed afterwards."""
-        folder = Path(tempfile.mkdtemp(prefix=f"{prefix}-", dir=self.path))
-        try:
-            yield folder
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+        while True:
+            self.path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=root))
+            self._handle = os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            fcntl.flock(self._handle, fcntl.LOCK_EX)
+            if (self.path / _LOCK).exists():  # else it was swept away before it was locked
+                return
+            os.close(self._handle)
 
     def close(self) -> None:
         """Remove the folder."""
         shutil.rmtree(self.path, ignore_errors=True)
         os.close(self._handle)
+
+
+@contextmanager
+def scratch(root: Path) -> Iterator[Path]:
+    """A fresh private folder below ``root``, removed afterwards."""
+    owned = Scratch(root)
+    try:
+        yield owned.path
+    finally:
+        owned.close()
 
 
 def sweep(root: Path) -> int:
