@@ -7,39 +7,28 @@ on the coordinates of any space in row blocks, so that full space never holds ``
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from merging import rules, spaces
-from merging.catalog.entrywise import ElectionParams, EntrywiseParams
+from merging.catalog.entrywise import ElectionParams, SpaceParams
 from merging.errors import InputError
-from merging.kernels import Context, Merged, row_blocks
-from merging.lowrank import thin_svd
+from merging.kernels import Context, Merged, entry_blocks
+from merging.lowrank import ThinSVD, thin_svd
+from merging.sparsify import Sparsifier
 from merging.spectral import isotropize
-from merging.updates import LowRank, UpdateStack
+from merging.updates import Coordinates, UpdateStack
 
-Apply = Callable[[Tensor, int], Tensor]
-"""Maps the rows ``(G, T, rows, n)`` starting at a row to their sparsified form; called in row order."""
-
-
-class Sparsifier(Protocol):
-    """Prepares the sparsification of one batch and reports what it needs from the whole model."""
-
-    def surveys(self, ctx: Context) -> int: ...
-
-    def survey(self, index: int, place: spaces.Placement, stack: UpdateStack, ctx: Context) -> Any: ...
-
-    def reduce(self, index: int, partials: Sequence[Any], ctx: Context) -> Any: ...
-
-    def prepare(self, place: spaces.Placement, stack: UpdateStack, ctx: Context) -> Apply: ...
+Combine = Callable[[Tensor], Tensor]
+"""From the tasks' entries ``(G, T, rows, n)``, which it may use up, to merged ones ``(G, rows, n)``."""
 
 
 @dataclass(frozen=True)
 class Majority:
-    """``shared`` plus the majority sign of the whole model (TIES reference code, global scope)."""
+    """What the sparsifier's surveys found, and the majority sign of the whole model (TIES authors' code)."""
 
     inner: Any
     sign: float
@@ -56,95 +45,62 @@ class Entrywise:
         return self.sparsifier.surveys(ctx) + int(self._global_majority(ctx))
 
     def survey(self, index: int, stack: UpdateStack, ctx: Context) -> Any:
-        place = self._place(stack, ctx)
+        place = placed(stack, ctx)
         if index < self.sparsifier.surveys(ctx):
             return self.sparsifier.survey(index, place, stack, ctx)
-        return self._sign_total(place, stack, ctx, self.sparsifier.prepare(place, stack, ctx)).sum()
+        return float(self._sign_total(place, stack, ctx).sum())
 
     def reduce(self, index: int, partials: Sequence[Any], ctx: Context) -> Any:
         if index < self.sparsifier.surveys(ctx):
             return self.sparsifier.reduce(index, partials, ctx)
-        total = sum(float(part) for part in partials)
+        total = sum(partials)
         return Majority(ctx.shared, float((total > 0) - (total < 0)))
 
     def merge(self, stack: UpdateStack, ctx: Context) -> Merged:
-        place = self._place(stack, ctx)
-        combine = self._combination(place, stack, ctx)
-        apply = self.sparsifier.prepare(place, stack, _unwrapped(ctx))
-        coordinates = place.coordinates
-        blocks = row_blocks(coordinates, ctx.budget)
-        if len(blocks) == 1:
-            merged = combine(apply(coordinates.rows(0, coordinates.m), 0))
-        else:
-            merged = coordinates.like.new_empty((stack.G, coordinates.m, coordinates.n))
-            for start, stop in blocks:
-                merged[:, start:stop] = combine(apply(coordinates.rows(start, stop), start))
-        if getattr(ctx.params, "isotropize", False):
-            return Merged(self._isotropized(place, merged))
-        return Merged(place.lift(merged))
-
-    def _place(self, stack: UpdateStack, ctx: Context) -> spaces.Placement:
-        assert isinstance(ctx.params, (EntrywiseParams, ElectionParams))
-        if ctx.params.isotropize and ctx.space == "full":
-            raise InputError(
-                "isotropize_in_full_space",
-                "isotropize needs the small coordinates of `space: core` or `space: knots`",
-                remedy="Set `space: core`, or use `iso_c` for the isotropic merge of the sum.",
-                where={"field": "parameters.isotropize"},
-            )
-        return spaces.place(stack, ctx.space or "full", gauge=ctx.params.core_gauge)
-
-    def _isotropized(self, place: spaces.Placement, merged: Tensor) -> Any:
-        assert place.left is not None
-        if place.right is None:
-            svd = isotropize(thin_svd(LowRank(place.left, merged.to(place.left.dtype))))
-        else:
-            lifted = place.lift(merged)
-            assert not isinstance(lifted, LowRank)
-            svd = isotropize(lifted)
-        return svd
+        place = placed(stack, ctx)
+        majority = ctx.shared.sign if isinstance(ctx.shared, Majority) else None
+        if majority is not None:
+            ctx = replace(ctx, shared=ctx.shared.inner)
+        combine = self._combination(place, stack, ctx, majority)
+        apply = self.sparsifier.prepare(place, stack, ctx)
+        merged = in_blocks(place.coordinates, ctx, lambda x, start: combine(apply(x, start)))
+        return finished(place, merged, ctx)
 
     def _combination(
-        self, place: spaces.Placement, stack: UpdateStack, ctx: Context
-    ) -> Callable[[Tensor], Tensor]:
-        like = place.coordinates.like
-        weights = ctx.weights(stack).to(like).view(-1, 1, 1)
+        self, place: spaces.Placement, stack: UpdateStack, ctx: Context, majority: float | None
+    ) -> Combine:
+        weights = ctx.weights(stack).to(place.coordinates.like).view(-1, 1, 1)
+        weighted = weighting(ctx, stack, place.coordinates.like)
         if not self.election:
-            return lambda y: (y * weights).sum(-3)
+            return lambda y: weighted(y).sum(-3)
         params = ctx.params
         assert isinstance(params, ElectionParams)
+        method, agg = params.majority_sign_method, params.agg
         if params.compat == "peft":  # votes are unweighted, the divisor counts tasks
-            return lambda y: self._peft(y, weights, params)
-        zero = self._zero_sign(place, stack, ctx)
+            return lambda y: _peft(y, rules.elect(y, method, 1.0), weights)
+        zero: Tensor | float = 1.0
+        if params.compat == "paper":
+            zero = majority if majority is not None else self._majority(place, stack, ctx)
         divisor = weights if params.normalize else None
 
         def combine(y: Tensor) -> Tensor:
-            y = y * weights
-            return rules.disjoint(y, rules.elect(y, params.majority_sign_method, zero), params.agg, divisor)
+            y = weighted(y)
+            return rules.disjoint_(y, rules.elect(y, method, zero), agg, divisor)
 
         return combine
 
-    def _peft(self, y: Tensor, weights: Tensor, params: ElectionParams) -> Tensor:
-        sign = rules.elect(y, params.majority_sign_method, 1.0)
-        keep = rules.agreeing(y, sign)
-        return (torch.where(keep, y, y.new_zeros(())) * weights).sum(-3) / keep.sum(-3).clamp_min(1)
+    def _majority(self, place: spaces.Placement, stack: UpdateStack, ctx: Context) -> Tensor:
+        return self._sign_total(place, stack, ctx).sign().view(-1, 1, 1, 1)
 
-    def _zero_sign(self, place: spaces.Placement, stack: UpdateStack, ctx: Context) -> Tensor | float:
-        if ctx.params.compat != "paper":  # type: ignore[attr-defined]
-            return 1.0
-        if isinstance(ctx.shared, Majority):
-            return ctx.shared.sign
-        apply = self.sparsifier.prepare(place, stack, ctx)
-        return self._sign_total(place, stack, ctx, apply).sign().view(-1, 1, 1, 1)
-
-    def _sign_total(self, place: spaces.Placement, stack: UpdateStack, ctx: Context, apply: Apply) -> Tensor:
+    def _sign_total(self, place: spaces.Placement, stack: UpdateStack, ctx: Context) -> Tensor:
         """The sum of the elected signs of each module, ``(G,)``."""
-        like = place.coordinates.like
-        weights = ctx.weights(stack).to(like).view(-1, 1, 1)
-        total = like.new_zeros(stack.G)
-        for start, stop in row_blocks(place.coordinates, ctx.budget):
-            y = apply(place.coordinates.rows(start, stop), start) * weights
-            sign = rules.elect(y, ctx.params.majority_sign_method, 0.0)  # type: ignore[attr-defined]
+        params = ctx.params
+        assert isinstance(params, ElectionParams)
+        weighted = weighting(ctx, stack, place.coordinates.like)
+        apply = self.sparsifier.prepare(place, stack, ctx)
+        total = torch.zeros(stack.G, dtype=torch.float64, device=place.coordinates.like.device)
+        for x, start in entry_blocks(place.coordinates, ctx.budget):
+            sign = rules.elect(weighted(apply(x, start)), params.majority_sign_method, 0.0)
             total += sign.sum((-3, -2, -1))
         return total
 
@@ -157,9 +113,46 @@ class Entrywise:
         )
 
 
-def _unwrapped(ctx: Context) -> Context:
-    if not isinstance(ctx.shared, Majority):
-        return ctx
-    from dataclasses import replace
+def placed(stack: UpdateStack, ctx: Context) -> spaces.Placement:
+    """The stack in the coordinates of the recipe's space. Raises ``isotropize_in_full_space``."""
+    assert isinstance(ctx.params, SpaceParams)
+    if ctx.params.isotropize and ctx.space == "full":
+        raise InputError(
+            "isotropize_in_full_space",
+            "isotropize needs the small coordinates of `space: core` or `space: knots`",
+            remedy="Set `space: core`, or use `iso_c` for the isotropic merge of the sum.",
+            where={"field": "parameters.isotropize"},
+        )
+    return spaces.place(stack, ctx.space or "full", gauge=ctx.params.core_gauge)
 
-    return replace(ctx, shared=ctx.shared.inner)
+
+def in_blocks(coordinates: Coordinates, ctx: Context, merge: Callable[[Tensor, int], Tensor]) -> Tensor:
+    """The merged coordinates ``(G, m, n)``, block by block."""
+    merged = coordinates.like.new_empty((coordinates.G, coordinates.m, coordinates.n))
+    for x, start in entry_blocks(coordinates, ctx.budget):
+        merged[:, start : start + x.shape[-2]] = merge(x, start)
+    return merged
+
+
+def finished(place: spaces.Placement, merged: Tensor, ctx: Context) -> Merged:
+    """Merged coordinates as an update, made isotropic if the recipe asks for it."""
+    lifted = place.lift(merged)
+    if not getattr(ctx.params, "isotropize", False):
+        return Merged(lifted)
+    svd = lifted if isinstance(lifted, ThinSVD) else thin_svd(lifted)
+    return Merged(isotropize(svd))
+
+
+def weighting(ctx: Context, stack: UpdateStack, like: Tensor) -> Callable[[Tensor], Tensor]:
+    """Multiplies the tasks' entries by their weights in place."""
+    weights = ctx.weights(stack)
+    if bool((weights == 1.0).all()):
+        return lambda y: y
+    factors = weights.to(like).view(-1, 1, 1)
+    return lambda y: y.mul_(factors)
+
+
+def _peft(y: Tensor, sign: Tensor, weights: Tensor) -> Tensor:
+    kept = rules.agreeing_(y, sign)
+    count = kept.sign().sum(-3).clamp_min_(1.0)
+    return kept.mul_(weights).sum(-3).mul_(sign.squeeze(-3)).div_(count)

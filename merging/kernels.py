@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -140,8 +140,32 @@ def module_chunks(stack: UpdateStack, bytes_per_module: int, budget: int) -> lis
     ]
 
 
+CACHE_BYTES = 1 << 21
+"""Size of a block of entries that stays in the cache of a CPU core through several passes."""
+
+
 def row_blocks(coordinates: Coordinates, budget: int) -> list[tuple[int, int]]:
-    """Row ranges such that about six copies of a block of all tasks fit into ``budget`` bytes."""
-    per_row = coordinates.G * coordinates.T * coordinates.n * coordinates.like.element_size() * 6
-    step = max(1, min(coordinates.m, budget // max(1, per_row)))
+    """Row ranges such that about six copies of a block of all tasks fit into ``budget`` bytes.
+
+    On a CPU a block also fits into the cache. A matrix product depends in its last bits on the size of the
+    block, so whoever compares entries with a threshold takes both from the same blocks.
+    """
+    per_row = coordinates.G * coordinates.T * coordinates.n * coordinates.like.element_size()
+    size = budget // 6
+    if coordinates.like.device.type == "cpu":
+        size = min(size, CACHE_BYTES)
+    step = max(1, min(coordinates.m, size // max(1, per_row)))
     return [(start, min(start + step, coordinates.m)) for start in range(0, coordinates.m, step)]
+
+
+def entry_blocks(coordinates: Coordinates, budget: int) -> Iterator[tuple[Tensor, int]]:
+    """The entries of all tasks in row blocks ``(G, T, rows, n)``, each with its first row.
+
+    All blocks share one buffer, which may be overwritten: use each before asking for the next.
+    """
+    buffer: Tensor | None = None
+    for start, stop in row_blocks(coordinates, budget):
+        if buffer is not None and buffer.shape[-2] != stop - start:
+            buffer = None
+        buffer = coordinates.rows(start, stop, buffer)
+        yield buffer, start

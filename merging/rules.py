@@ -2,6 +2,8 @@
 
 Every function takes the entries of the tasks as ``x (..., T, rows, cols)`` and treats each position on its
 own. Thresholds, masks and weights come in as arguments, so a rule never needs the whole tensor at once.
+Functions that end in ``_`` work in place on their first argument. Comparisons are written as arithmetic on
+0 and 1 in the dtype of the entries: on a CPU that is several times faster than masks of truth values.
 """
 
 from __future__ import annotations
@@ -9,26 +11,43 @@ from __future__ import annotations
 import hashlib
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 SignMethod = Literal["total", "frequency"]
 Aggregate = Literal["mean", "sum", "max"]
+Counting = Literal["floor", "inclusive", "complement"]
 
 
 def trim(x: Tensor, threshold: Tensor) -> Tensor:
     """Zero what is smaller in magnitude than ``threshold (..., T, 1, 1)``; equal magnitudes stay."""
-    return torch.where(x.abs() >= threshold, x, torch.zeros((), dtype=x.dtype, device=x.device))
+    return trim_(x.clone(), threshold)
 
 
-def kept_count(entries: int, density: float, *, inclusive: bool = False) -> int:
+def trim_(x: Tensor, threshold: Tensor) -> Tensor:
+    """:func:`trim` in place."""
+    return x.mul_(x.abs().ge_(threshold))
+
+
+def band_(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """Zero what lies outside the magnitudes ``low .. high`` (both ``(..., T, rows or 1, 1)``, both stay)."""
+    x = trim_(x, low)
+    return x.mul_(x.abs().le_(high))
+
+
+def kept_count(entries: int, density: float, counting: Counting = "floor") -> int:
     """How many entries a density keeps: ``int(density * entries)``, at least one.
 
-    ``inclusive`` is the counting of the TIES reference code, which keeps one more.
+    ``inclusive`` is the counting of the TIES reference code, which keeps one more; ``complement`` is that
+    of MergeLM, which rounds down the number of entries it drops.
     """
     if density >= 1.0:
         return entries
-    return min(entries, max(1, int(density * entries) + int(inclusive)))
+    kept = int(density * entries) + int(counting == "inclusive")
+    if counting == "complement":
+        kept = entries - int((1.0 - density) * entries + 1e-9)
+    return min(entries, max(1, kept))
 
 
 def elect(x: Tensor, method: SignMethod, zero: Tensor | float) -> Tensor:
@@ -38,38 +57,82 @@ def elect(x: Tensor, method: SignMethod, zero: Tensor | float) -> Tensor:
     of zero (+1 in PEFT and mergekit, the majority sign of the tensor in the TIES paper's code).
     """
     votes = x if method == "total" else x.sign()
-    sign = votes.sum(-3, keepdim=True).sign()
-    filler = torch.as_tensor(zero, dtype=x.dtype, device=x.device)
-    return torch.where(sign == 0, filler, sign)
+    total = votes.sum(-3, keepdim=True)
+    if isinstance(zero, float) and zero == 1.0:
+        return total.ge_(0.0).mul_(2.0).sub_(1.0)
+    sign = total.sign_()
+    return sign.add_((sign == 0) * torch.as_tensor(zero, dtype=x.dtype, device=x.device))
 
 
-def agreeing(x: Tensor, sign: Tensor) -> Tensor:
-    """Where an entry is non-zero and has the elected sign; a sign of zero counts as negative."""
-    return torch.where(sign > 0, x > 0, x < 0)
+def agreeing_(x: Tensor, sign: Tensor) -> Tensor:
+    """The magnitudes of the entries that have the elected sign, zero elsewhere.
+
+    A sign of zero counts as negative.
+    """
+    return x.mul_(_definite(sign)).clamp_min_(0.0)
 
 
-def disjoint(x: Tensor, sign: Tensor, agg: Aggregate, divisor_weights: Tensor | None = None) -> Tensor:
-    """Combine the entries that agree with ``sign``; ``(..., rows, cols)``.
+def disjoint_(x: Tensor, sign: Tensor, agg: Aggregate, divisor_weights: Tensor | None = None) -> Tensor:
+    """Combine the entries that agree with ``sign``, ``(..., rows, cols)``; ``x`` is used up.
 
     ``mean`` divides by the number of agreeing tasks, or by the sum of their ``divisor_weights (T, 1, 1)``;
     ``max`` is the largest magnitude times the sign.
     """
-    keep = agreeing(x, sign)
-    kept = torch.where(keep, x, torch.zeros((), dtype=x.dtype, device=x.device))
+    definite = _definite(sign)
+    kept = x.mul_(definite).clamp_min_(0.0)
     if agg == "max":
-        return kept.abs().amax(-3) * sign.squeeze(-3)
-    total = kept.sum(-3)
+        return kept.amax(-3).mul_(sign.squeeze(-3))
+    total = kept.sum(-3).mul_(definite.squeeze(-3))
     if agg == "sum":
         return total
+    count = kept.sign_()
     if divisor_weights is None:
-        return total / keep.sum(-3).clamp_min(1)
-    divisor = (keep * divisor_weights).sum(-3)
-    return total / torch.where(divisor.abs() < 1e-8, torch.ones_like(divisor), divisor)
+        return total.div_(count.sum(-3).clamp_min_(1.0))
+    divisor = count.mul_(divisor_weights).sum(-3)
+    return total.div_(divisor.masked_fill_(divisor.abs() < 1e-8, 1.0))
+
+
+def disjoint(x: Tensor, sign: Tensor, agg: Aggregate, divisor_weights: Tensor | None = None) -> Tensor:
+    """:func:`disjoint_` that leaves ``x`` as it is."""
+    return disjoint_(x.clone(), sign, agg, divisor_weights)
+
+
+def row_ranks(x: Tensor) -> Tensor:
+    """The rank of each entry within its row by magnitude, 1 for the smallest, in the dtype of ``x``.
+
+    Equal magnitudes rank in the order of their columns.
+    """
+    ranks = torch.arange(1, x.shape[-1] + 1, dtype=x.dtype, device=x.device).expand(x.shape)
+    return torch.empty_like(x).scatter_(-1, _row_order(x), ranks)
 
 
 def task_generator(seed: int, digest: str, module: str) -> torch.Generator:
     """The random stream of one task in one module: independent of order, layer and worker."""
-    key = hashlib.sha256(f"{seed}\0{digest}\0{module}".encode()).digest()
     generator = torch.Generator(device="cpu")
-    generator.manual_seed(int.from_bytes(key[:8], "little") >> 1)
+    generator.manual_seed(int.from_bytes(_key(seed, digest, module)[:8], "little") >> 1)
     return generator
+
+
+def task_bits(seed: int, digest: str, module: str) -> np.random.SFC64:
+    """The same key as a stream of 64-bit numbers, several times faster to draw from."""
+    return np.random.SFC64(int.from_bytes(_key(seed, digest, module), "little"))
+
+
+def _key(seed: int, digest: str, module: str) -> bytes:
+    return hashlib.sha256(f"{seed}\0{digest}\0{module}".encode()).digest()
+
+
+def _definite(sign: Tensor) -> Tensor:
+    """``+1`` where the sign is positive, ``-1`` elsewhere."""
+    return sign.mul(2.0).sub_(1.0).sign_()
+
+
+def _row_order(x: Tensor) -> Tensor:
+    """Columns of each row by ascending magnitude, equal ones by column."""
+    size = x.abs()
+    if x.device.type != "cpu" or x.dtype != torch.float32:
+        return size.sort(dim=-1, stable=True).indices
+    # Distinct integer keys sort several times faster than a stable sort of floats, to the same order.
+    keys = size.view(torch.int32).long() << 32 | torch.arange(x.shape[-1])
+    keys.numpy().sort(axis=-1)
+    return keys.bitwise_and_(0xFFFFFFFF)

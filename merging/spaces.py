@@ -24,14 +24,16 @@ class Placement:
     """A stack in some coordinates.
 
     ``coordinates`` holds the tasks as ``p x q`` matrices; ``left (G, m, p)`` and ``right (G, q, n)`` are
-    orthonormal (``None``: identity). ``entries (G,)`` counts the coordinates that can be non-zero: frames of
-    a batch are padded with zero directions where the stacks are rank-deficient.
+    orthonormal (``None``: identity). ``entries (G,)`` counts the coordinates that can be non-zero and
+    ``widths (G,)`` those of one row: frames of a batch are padded with zero directions where the stacks are
+    rank-deficient.
     """
 
     coordinates: Coordinates
     left: Tensor | None
     right: Tensor | None
     entries: Tensor
+    widths: Tensor
 
     def lift(self, merged: Tensor) -> LowRank | ThinSVD:
         """A merged coordinate matrix ``(G, p, q)`` as an update of ``(G, m, n)``, exactly.
@@ -51,7 +53,7 @@ def place(stack: Coordinates, space: str, *, gauge: str = "balanced") -> Placeme
     """The stack in the coordinates of ``space``; ``gauge`` matters in Core Space only."""
     if space == "full":
         entries = torch.full((stack.G,), stack.m * stack.n, dtype=torch.long)
-        return Placement(stack, None, None, entries)
+        return Placement(stack, None, None, entries, torch.full_like(entries, stack.n))
     if not isinstance(stack, UpdateStack):
         raise InputError(
             "space_not_supported",
@@ -90,7 +92,8 @@ def knots(stack: UpdateStack, *, with_values: bool = True) -> Placement:
         tuple((rows @ block).to(left.dtype) for block in blocks),
         stack.A,
     )
-    return Placement(coordinates, basis, None, alive.sum(-1).cpu() * stack.n)
+    entries = alive.sum(-1).cpu() * stack.n
+    return Placement(coordinates, basis, None, entries, torch.full_like(entries, stack.n))
 
 
 def core(stack: UpdateStack, *, gauge: str = "balanced") -> Placement:
@@ -119,7 +122,7 @@ def core(stack: UpdateStack, *, gauge: str = "balanced") -> Placement:
     left = frame.left @ U.to(frame.left.dtype)
     right = V.mT.to(frame.right.dtype) @ frame.right
     entries = alive_B.sum(-1) * alive_A.sum(-1)
-    return Placement(coordinates, left, right, entries.cpu())
+    return Placement(coordinates, left, right, entries.cpu(), alive_A.sum(-1).cpu())
 
 
 def balance(stack: UpdateStack) -> UpdateStack:

@@ -1,122 +1,28 @@
-"""Sparsifiers of the entry-wise family: keep the largest entries, or drop entries at random."""
+"""Sparsifiers of the entry-wise family: keep entries by magnitude, or drop entries at random."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from merging.entrywise import Apply
-from merging.kernels import Context, row_blocks
-from merging.rules import kept_count, task_generator, trim
-from merging.selection import batched_kth_largest, kth_largest
+from merging import modelwide
+from merging.kernels import Context, entry_blocks
+from merging.masks import MaskStream
+from merging.rules import Counting, band_, kept_count, row_ranks, trim_
 from merging.spaces import Placement
+from merging.thresholds import thresholds
 from merging.updates import UpdateStack
 
-BINS = 1 << 19
+Apply = Callable[[Tensor, int], Tensor]
+"""Sparsifies the rows ``(G, T, rows, n)`` that start at a row, in place; called once per row, in order."""
 
 
-class _WithDensity(Protocol):
-    density: float
-    compat: str | None
-
-
-def _densities(stack: UpdateStack, ctx: Context) -> list[float]:
-    return [cast(_WithDensity, params).density for params in ctx.of(stack)]
-
-
-@dataclass(frozen=True)
-class Magnitude:
-    """Keep the fraction ``density`` of entries with the largest magnitude.
-
-    Per tensor, or over the whole model (``trim_scope: global``): then two survey passes find the exact
-    threshold of each task, a histogram of the float32 bits and the values of the bin that holds it.
-    """
-
-    def surveys(self, ctx: Context) -> int:
-        return 2 if getattr(ctx.params, "trim_scope", "tensor") == "global" else 0
-
-    def survey(self, index: int, place: Placement, stack: UpdateStack, ctx: Context) -> Any:
-        magnitudes = ((task, place.coordinates.task(t).abs().flatten()) for t, task in enumerate(stack.tasks))
-        if index == 0:
-            entries = int(place.entries.sum())
-            return [(task, entries, torch.bincount(_bin(x), minlength=BINS)) for task, x in magnitudes]
-        chosen: dict[int, tuple[int, int]] = ctx.shared
-        return [(task, x[_bin(x) == chosen[task][0]]) for task, x in magnitudes if chosen[task][1] > 0]
-
-    def reduce(self, index: int, partials: Sequence[Any], ctx: Context) -> Any:
-        if index == 0:
-            return self._choose_bins(partials, ctx)
-        values: dict[int, list[Tensor]] = {}
-        for part in partials:
-            for task, inside in part:
-                values.setdefault(task, []).append(inside)
-        return {
-            task: kth_largest(torch.cat(values[task]), k) if k > 0 else None
-            for task, (_, k) in ctx.shared.items()
-        }
-
-    def _choose_bins(self, partials: Sequence[Any], ctx: Context) -> dict[int, tuple[int, int]]:
-        totals: dict[int, int] = {}
-        counts: dict[int, Tensor] = {}
-        for part in partials:
-            for task, entries, histogram in part:
-                totals[task] = totals.get(task, 0) + entries
-                counts[task] = counts[task] + histogram if task in counts else histogram
-        chosen: dict[int, tuple[int, int]] = {}
-        for task in sorted(totals):
-            params = cast(_WithDensity, ctx.per_model[task])
-            if params.density >= 1.0:
-                chosen[task] = (0, 0)
-                continue
-            k = kept_count(totals[task], params.density, inclusive=params.compat == "paper")
-            from_top = counts[task].flip(0).cumsum(0)
-            position = int((from_top >= k).long().argmax())
-            above = int(from_top[position - 1]) if position else 0
-            chosen[task] = (BINS - 1 - position, k - above)
-        return chosen
-
-    def prepare(self, place: Placement, stack: UpdateStack, ctx: Context) -> Apply:
-        thresholds = self._thresholds(place, stack, ctx)
-        if not getattr(ctx.params, "rescale", False):
-            return lambda x, start: trim(x, thresholds)
-        return _l1_matched(place, stack, ctx, lambda x, start: trim(x, thresholds))
-
-    def _thresholds(self, place: Placement, stack: UpdateStack, ctx: Context) -> Tensor:
-        """``(G, T, 1, 1)``."""
-        like = place.coordinates.like
-        shared = getattr(ctx.shared, "inner", ctx.shared)
-        if self.surveys(ctx):
-            found = [shared[task] for task in stack.tasks]
-            flat = torch.stack([like.new_zeros(()) if value is None else value.to(like) for value in found])
-            return flat.view(1, -1, 1, 1)
-        columns = []
-        for t, density in enumerate(_densities(stack, ctx)):
-            if density >= 1.0:
-                columns.append(like.new_zeros(stack.G))
-                continue
-            inclusive = getattr(ctx.params, "compat", None) == "paper"
-            counts = [kept_count(int(n), density, inclusive=inclusive) if n else 1 for n in place.entries]
-            magnitudes = place.coordinates.task(t).abs().flatten(1)
-            if like.device.type == "cpu":
-                found_t = [kth_largest(row, k) for row, k in zip(magnitudes, counts, strict=True)]
-                columns.append(torch.stack(found_t))
-            else:
-                k = torch.tensor(counts, device=like.device).unsqueeze(-1)
-                columns.append(batched_kth_largest(magnitudes.unsqueeze(1), k).squeeze(1))
-        return torch.stack(columns, dim=1).view(stack.G, -1, 1, 1)
-
-
-@dataclass(frozen=True)
-class Random:
-    """DARE: keep each entry with probability ``density`` and rescale the kept ones.
-
-    Masks come from a stream keyed by (seed, input digest, module), drawn on the CPU, so that they do not
-    depend on order, block size, device or worker.
-    """
+class Sparsifier:
+    """Prepares the sparsification of one batch and says what it needs to know of the whole model."""
 
     def surveys(self, ctx: Context) -> int:
         return 0
@@ -128,63 +34,183 @@ class Random:
         raise RuntimeError("this sparsifier takes no surveys")
 
     def prepare(self, place: Placement, stack: UpdateStack, ctx: Context) -> Apply:
-        masks = MaskStream(stack, ctx, place.coordinates.n)
-
-        def drop(x: Tensor, start: int) -> Tensor:
-            return torch.where(masks.take(x), x, x.new_zeros(()))
-
-        if not getattr(ctx.params, "rescale", True):
-            return drop
-        if getattr(ctx.params, "compat", None) == "mergekit":
-            fresh = MaskStream(stack, ctx, place.coordinates.n)
-            return _l1_matched(
-                place, stack, ctx, drop, lambda x, start: torch.where(fresh.take(x), x, x.new_zeros(()))
-            )
-        inverse = torch.tensor([1.0 / density for density in _densities(stack, ctx)])
-        factor = inverse.to(place.coordinates.like).view(-1, 1, 1)
-        return lambda x, start: drop(x, start) * factor
+        raise NotImplementedError
 
 
-class MaskStream:
-    """Bernoulli keep-masks of a batch, handed out in row order."""
+@dataclass(frozen=True)
+class Magnitude(Sparsifier):
+    """Keep the fraction ``density`` of the entries with the largest magnitude; equal ones stay.
 
-    def __init__(self, stack: UpdateStack, ctx: Context, cols: int) -> None:
-        self._cols = cols
-        self._densities = _densities(stack, ctx)
-        self._generators = [
-            [task_generator(ctx.seed, ctx.digests[task], name) for task in stack.tasks]
-            for name in stack.names
+    Per tensor, or over the whole model (``trim_scope: global``, three surveys). ``counting`` is how
+    ``compat: paper`` counts the entries to keep.
+    """
+
+    counting: Counting
+
+    def surveys(self, ctx: Context) -> int:
+        return modelwide.SURVEYS if _param(ctx, "trim_scope") == "global" else 0
+
+    def survey(self, index: int, place: Placement, stack: UpdateStack, ctx: Context) -> Any:
+        return modelwide.survey(index, place, stack, ctx)
+
+    def reduce(self, index: int, partials: Sequence[Any], ctx: Context) -> Any:
+        def kept(task: int, entries: int) -> int:
+            density = cast(Any, ctx.per_model[task]).density
+            return 0 if density >= 1.0 else kept_count(entries, density, self._counting(ctx))
+
+        return modelwide.reduce(index, partials, ctx, kept)
+
+    def prepare(self, place: Placement, stack: UpdateStack, ctx: Context) -> Apply:
+        limits = self._limits(place, stack, ctx)
+        if limits is None:
+            return lambda x, start: x
+        chosen = limits.view(-1, stack.T, 1, 1)
+        if not _param(ctx, "rescale"):
+            return lambda x, start: trim_(x, chosen)
+        return l1_matched(place, stack, ctx, lambda: lambda x, start: trim_(x, chosen))
+
+    def _limits(self, place: Placement, stack: UpdateStack, ctx: Context) -> Tensor | None:
+        """The smallest magnitude that stays, ``(G, T)`` or ``(1, T)``; ``None`` where everything does."""
+        if self.surveys(ctx):
+            return modelwide.limits(ctx, stack.tasks, place.coordinates.like)
+        densities = per_task(stack, ctx, "density")
+        if min(densities) >= 1.0:
+            return None
+        counting = self._counting(ctx)
+        ranks = [
+            [0 if d >= 1.0 or not n else kept_count(n, d, counting) for d in densities]
+            for n in place.entries.tolist()
         ]
+        return thresholds(place.coordinates, [ranks], ctx.budget)[0]
 
-    def take(self, like: Tensor) -> Tensor:
-        """The masks of the next ``like.shape[-2]`` rows, ``(G, T, rows, cols)``."""
-        rows = like.shape[-2]
-        masks = torch.stack([torch.stack(list(self._task_masks(row, rows))) for row in self._generators])
-        return masks.to(like.device)
-
-    def _task_masks(self, generators: list[torch.Generator], rows: int) -> Iterator[Tensor]:
-        for generator, density in zip(generators, self._densities, strict=True):
-            yield torch.rand(rows, self._cols, generator=generator) < density
+    def _counting(self, ctx: Context) -> Counting:
+        return self.counting if _param(ctx, "compat") == "paper" else "floor"
 
 
-def _l1_matched(
-    place: Placement, stack: UpdateStack, ctx: Context, apply: Apply, probe: Apply | None = None
-) -> Apply:
-    """``apply``, then multiply each task so that its L1 norm is what it was (mergekit's rescale)."""
-    probe = probe or apply
-    like = place.coordinates.like
-    before = like.new_zeros((stack.G, stack.T))
-    after = like.new_zeros((stack.G, stack.T))
-    for start, stop in row_blocks(place.coordinates, ctx.budget):
-        x = place.coordinates.rows(start, stop)
+@dataclass(frozen=True)
+class Band(Sparsifier):
+    """Leave out the fraction ``gamma`` of the entries with the largest magnitude, then keep ``density``.
+
+    Equal magnitudes at either end of the band stay, so a constant tensor stays whole. Per tensor, or per row
+    (``trim_scope: row``).
+    """
+
+    def prepare(self, place: Placement, stack: UpdateStack, ctx: Context) -> Apply:
+        shares = list(zip(per_task(stack, ctx, "density"), per_task(stack, ctx, "gamma"), strict=True))
+        if _param(ctx, "trim_scope") == "row":
+            widths = place.widths.tolist()
+            rows = [[_band(n, d, g, spare_top=False) for d, g in shares] for n in widths]
+            return lambda x, start: _band_of_rows(x, rows)
+        ends = [[_band(n, d, g, spare_top=True) for d, g in shares] for n in place.entries.tolist()]
+        ranks = [[[end[side] for end in row] for row in ends] for side in (0, 1)]
+        high, low = thresholds(place.coordinates, ranks, ctx.budget).unsqueeze(-1).unsqueeze(-1)
+        return lambda x, start: band_(x, low, high)
+
+
+@dataclass(frozen=True)
+class Random(Sparsifier):
+    """DARE: keep each entry with probability ``density`` and rescale the kept ones."""
+
+    def prepare(self, place: Placement, stack: UpdateStack, ctx: Context) -> Apply:
+        densities = per_task(stack, ctx, "density")
+
+        def dropping() -> Apply:
+            masks = MaskStream(stack, ctx, place.coordinates.n)
+            return lambda x, start: x.mul_(masks.keep(x, densities))
+
+        if not _param(ctx, "rescale"):
+            return dropping()
+        if _param(ctx, "compat") == "mergekit":
+            return l1_matched(place, stack, ctx, dropping)
+        drop = dropping()
+        factor = place.coordinates.like.new_tensor(densities).reciprocal().view(-1, 1, 1)
+        return lambda x, start: drop(x, start).mul_(factor)
+
+
+@dataclass(frozen=True)
+class RankedRandom(Sparsifier):
+    """DELLA: keep each entry with a probability that grows with its rank within the row.
+
+    The probability runs evenly from ``density - epsilon`` for the smallest magnitude of a row to
+    ``density + epsilon`` for the largest. Kept entries are divided by theirs.
+    """
+
+    def prepare(self, place: Placement, stack: UpdateStack, ctx: Context) -> Apply:
+        like = place.coordinates.like
+        density = like.new_tensor(per_task(stack, ctx, "density")).view(-1, 1, 1)
+        epsilon = like.new_tensor(per_task(stack, ctx, "epsilon")).view(-1, 1, 1)
+        widths = place.widths.to(like).view(-1, 1, 1, 1)
+        n = place.coordinates.n
+        inverse = _param(ctx, "rescale") and _param(ctx, "compat") != "mergekit"
+
+        def chances(x: Tensor) -> Tensor:
+            # Directions that only pad the frame of a module are zero and rank lowest: they do not count.
+            rank = row_ranks(x).sub_(n - widths + 1.0).clamp_min_(0.0)
+            middle = (widths - 1.0) / 2.0
+            chance = rank.sub_(middle).div_(middle.clamp_min(0.5)).mul_(epsilon).add_(density)
+            return chance.clamp_min_(2.0**-32)
+
+        def dropping() -> Apply:
+            masks = MaskStream(stack, ctx, n)
+
+            def drop(x: Tensor, start: int) -> Tensor:
+                chance = chances(x)
+                x.mul_(masks.keep(x, chance))
+                return x.div_(chance) if inverse else x
+
+            return drop
+
+        if _param(ctx, "rescale") and not inverse:
+            return l1_matched(place, stack, ctx, dropping)
+        return dropping()
+
+
+def l1_matched(place: Placement, stack: UpdateStack, ctx: Context, make: Callable[[], Apply]) -> Apply:
+    """Sparsify as ``make()`` does, then scale each task so that its L1 norm is what it was.
+
+    mergekit leaves norms below 1e-7 alone; otherwise only a zero is left alone.
+    """
+    coordinates = place.coordinates
+    probe = make()
+    before = torch.zeros((stack.G, stack.T), dtype=torch.float64, device=coordinates.like.device)
+    after = torch.zeros_like(before)
+    for x, start in entry_blocks(coordinates, ctx.budget):
         before += x.abs().sum((-2, -1))
-        after += probe(x, start).abs().sum((-2, -1))
-    tiny = (before < 1e-7) | (after < 1e-7)
-    factor = torch.where(tiny, torch.ones_like(before), before / after.clamp_min(1e-30))
-    factor = factor.view(stack.G, stack.T, 1, 1)
-    return lambda x, start: apply(x, start) * factor
+        after += probe(x, start).abs_().sum((-2, -1))
+    floor = 1e-7 if _param(ctx, "compat") == "mergekit" else torch.finfo(torch.float64).tiny
+    small = (before < floor) | (after < floor)
+    factor = torch.where(small, torch.ones_like(before), before / after.clamp_min(floor))
+    scale = factor.to(coordinates.like.dtype).view(stack.G, stack.T, 1, 1)
+    apply = make()
+    return lambda x, start: apply(x, start).mul_(scale)
 
 
-def _bin(magnitudes: Tensor) -> Tensor:
-    """The leading 19 bits below the sign of each magnitude as float32; monotone in the magnitude."""
-    return (magnitudes.float().view(torch.int32) >> 12).clamp_max(BINS - 1)
+def per_task(stack: UpdateStack, ctx: Context, name: str) -> list[float]:
+    """A parameter of each model that is present in the stack."""
+    return [float(getattr(params, name)) for params in ctx.of(stack)]
+
+
+def _param(ctx: Context, name: str) -> Any:
+    return getattr(ctx.params, name, None)
+
+
+def _band(entries: int, density: float, gamma: float, *, spare_top: bool) -> tuple[int, int]:
+    """Ranks from the top of the largest and the smallest entry that stay; zeros for an empty tensor.
+
+    Where the two fractions exceed the whole, ``spare_top`` leaves out fewer of the largest, otherwise fewer
+    entries are kept.
+    """
+    if entries == 0:
+        return 0, 0
+    kept, top = kept_count(entries, density), int(gamma * entries)
+    if spare_top:
+        top = min(top, entries - kept)
+    return top + 1, min(entries, top + kept)
+
+
+def _band_of_rows(x: Tensor, ranks: list[list[tuple[int, int]]]) -> Tensor:
+    ordered = x.abs().sort(dim=-1, descending=True).values
+    index = torch.tensor(ranks, device=x.device).sub_(1).clamp_(0, x.shape[-1] - 1)
+    index = index.unsqueeze(-2).expand(*x.shape[:-1], 2)
+    high, low = torch.split(ordered.gather(-1, index), 1, dim=-1)
+    return band_(x, low, high)

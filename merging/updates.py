@@ -77,8 +77,12 @@ class Coordinates(Protocol):
         """Some tensor of the right dtype and device."""
         ...
 
-    def rows(self, start: int, stop: int) -> Tensor:
-        """The rows ``start:stop`` of every task, ``(G, T, stop - start, n)``."""
+    def rows(self, start: int, stop: int, out: Tensor | None = None) -> Tensor:
+        """The rows ``start:stop`` of every task, ``(G, T, stop - start, n)``; written to ``out`` if given."""
+        ...
+
+    def grid(self, row_step: int, col_step: int) -> Tensor:
+        """Every ``row_step``-th row and ``col_step``-th column of every task, ``(G, T, ., .)``."""
         ...
 
     def task(self, t: int) -> Tensor:
@@ -146,8 +150,16 @@ class UpdateStack:
         """Cut a dimension of size ``R`` into the blocks of the tasks."""
         return torch.split(joined, list(self.ranks), dim=dim)
 
-    def rows(self, start: int, stop: int) -> Tensor:
-        return torch.stack([B[:, start:stop] @ A for B, A in zip(self.B, self.A, strict=True)], dim=1)
+    def rows(self, start: int, stop: int, out: Tensor | None = None) -> Tensor:
+        if out is None:
+            out = self.like.new_empty((self.G, self.T, stop - start, self.n))
+        for t, (B, A) in enumerate(zip(self.B, self.A, strict=True)):
+            torch.matmul(B[:, start:stop], A, out=out[:, t])
+        return out
+
+    def grid(self, row_step: int, col_step: int) -> Tensor:
+        pairs = zip(self.B, self.A, strict=True)
+        return torch.stack([B[:, ::row_step] @ A[:, :, ::col_step] for B, A in pairs], dim=1)
 
     def task(self, t: int) -> Tensor:
         return self.B[t] @ self.A[t]

@@ -32,22 +32,20 @@ Isotropize: Any = Field(
 )
 
 
-class EntrywiseParams(MethodParams):
-    compat: Compat | None = Field(
-        default=None,
-        description="Reproduce a peer exactly: its counting, sign and weight rules; `lambda` is then 1.0.",
-    )
+COMPAT_TEXT = "Reproduce a peer exactly: its counting, sign and weight rules; `lambda` is then 1.0."
+
+
+class SpaceParams(MethodParams):
     core_gauge: Literal["balanced", "asis"] = SpaceGauge
     isotropize: bool = Isotropize
 
 
-class ElectionParams(LambdaAuto):
-    compat: Compat | None = Field(
-        default=None,
-        description="Reproduce a peer exactly: its counting, sign and weight rules; `lambda` is then 1.0.",
-    )
-    core_gauge: Literal["balanced", "asis"] = SpaceGauge
-    isotropize: bool = Isotropize
+class EntrywiseParams(SpaceParams):
+    compat: Compat | None = Field(default=None, description=COMPAT_TEXT)
+
+
+class ElectionParams(LambdaAuto, SpaceParams):
+    compat: Compat | None = Field(default=None, description=COMPAT_TEXT)
     majority_sign_method: Literal["total", "frequency"] = Field(
         default="total", description="Elect each sign by the sum of the entries or by their count."
     )

@@ -8,4 +8,4 @@ from __future__ import annotations
 from merging.entrywise import Entrywise
 from merging.sparsify import Magnitude
 
-magnitude_prune = Entrywise(Magnitude(), election=False)
+magnitude_prune = Entrywise(Magnitude("complement"), election=False)

@@ -14,4 +14,4 @@ from __future__ import annotations
 from merging.entrywise import Entrywise
 from merging.sparsify import Magnitude
 
-ties = Entrywise(Magnitude(), election=True)
+ties = Entrywise(Magnitude("inclusive"), election=True)

@@ -26,10 +26,10 @@ def injected(monkeypatch: pytest.MonkeyPatch, masks: dict[str, Tensor]) -> None:
             self.mask = torch.stack([masks[name] for name in stack.names]).bool()
             self.at = 0
 
-        def take(self, like: Tensor) -> Tensor:
-            rows = like.shape[-2]
+        def keep(self, x: Tensor, probability: object) -> Tensor:
+            rows = x.shape[-2]
             self.at += rows
-            return self.mask[:, :, self.at - rows : self.at]
+            return self.mask[:, :, self.at - rows : self.at].to(x)
 
     monkeypatch.setattr(sparsify, "MaskStream", Recorded)
 
@@ -168,8 +168,8 @@ def test_mergekit_rules_on_dense_deltas(
                 [merged] = run(method, [stack], {"compat": "mergekit", **parameters}, weights=weights)
                 if "lambda0.7" in case:
                     merged = 0.7 * merged
-                # The reference casts to float32 when it masks and rescales at random.
-                tolerance = 1e-7 if method.startswith("dare") else 1e-9
+                # The reference masks and rescales in float32 when it drops at random.
+                tolerance = 5e-7 if method.startswith("dare") else 1e-9
                 assert_close(merged, mergekit_file.tensors[key], tolerance)
 
 
