@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -72,14 +73,16 @@ def test_the_bytes_depend_on_nothing_else(tensors: dict[str, Tensor], tmp_path: 
 
 
 def test_at_most_one_tensor_is_held(tmp_path: Path) -> None:
-    alive: list[weakref.ref[Tensor]] = []
+    alive: list[weakref.ref[np.ndarray]] = []
 
     def produce() -> Iterator[Tensor]:
         for _ in range(5):
             gc.collect()
             assert not [ref for ref in alive if ref() is not None]
-            tensor = torch.ones(4)
-            alive.append(weakref.ref(tensor))
+            memory = np.ones(4, dtype=np.float32)  # lives as long as any view of the tensor's storage
+            alive.append(weakref.ref(memory))
+            tensor = torch.from_numpy(memory)
+            del memory
             yield tensor
             del tensor
 
@@ -264,3 +267,17 @@ def test_an_overwrite_killed_between_its_renames_is_undone(tmp_path: Path) -> No
     assert caught.value.code == "output_exists"
     assert listing(tmp_path) == ["out"]
     assert listing(tmp_path / "out") == [".old"]
+
+
+def test_an_overwrite_in_progress_is_left_alone(tmp_path: Path) -> None:
+    """Between its two renames the old result lies beside the output, which is missing for a moment."""
+    with ResultDirectory(tmp_path / "out") as one:
+        old = one.path.with_name(one.path.name + ".old")
+        old.mkdir()
+        with ResultDirectory(tmp_path / "out") as two:
+            assert old.exists()
+            assert one.path.exists()
+            (two.path / "file").write_text("x")
+        old.rmdir()
+        (tmp_path / "out" / "file").unlink()
+    assert listing(tmp_path) == ["out"]
