@@ -8,7 +8,16 @@ import torch
 from torch import Tensor
 
 from merging.kernels import Merged
-from merging.lowrank import ThinSVD, numerical_rank, rank_for_energy, rank_rtol, squared_norm, thin_svd
+from merging.lowrank import (
+    ProductSVD,
+    ThinSVD,
+    numerical_rank,
+    product_svd,
+    rank_for_energy,
+    rank_rtol,
+    squared_norm,
+    thin_svd,
+)
 from merging.rules import task_generator
 from merging.updates import LowRank
 
@@ -67,12 +76,12 @@ def compress(merged: Merged, rule: RankRule, *, seed: int, names: tuple[str, ...
             return _result(update, ranks, torch.zeros(len(ranks), dtype=torch.float64), before)
         if update.B is None or update.A is None:
             return _dense(update, rule, seed, names, before)
-        update = thin_svd(update)
+        return _from_svd(product_svd(update), rule, before)
     return _from_svd(update, rule, before)
 
 
-def _from_svd(svd: ThinSVD, rule: RankRule, before: Tensor | None) -> Compressed:
-    ranks = numerical_rank(svd.S, rank_rtol(svd.U.dtype))
+def _from_svd(svd: ThinSVD | ProductSVD, rule: RankRule, before: Tensor | None) -> Compressed:
+    ranks = numerical_rank(svd.S, rank_rtol(svd.dtype))
     if rule.energy is not None:
         ranks = torch.minimum(ranks, rank_for_energy(svd.S, rule.energy))
     if rule.ceiling is not None:

@@ -7,6 +7,7 @@ QR runs in the dtype of the factors (float32 or float64), the small cores in flo
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -20,22 +21,78 @@ def rank_rtol(dtype: torch.dtype) -> float:
 
 
 @dataclass(frozen=True)
+class Orthonormal:
+    """``Q (..., m, p)`` of a QR decomposition, kept as Householder reflectors.
+
+    Most uses multiply ``Q`` by a few columns, which costs a fraction of writing ``Q`` out.
+    """
+
+    reflectors: Tensor
+    tau: Tensor
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of all entries."""
+        return self.tau.dtype
+
+    @cached_property
+    def matrix(self) -> Tensor:
+        """``Q`` itself."""
+        matrix: Tensor = torch.linalg.householder_product(self.reflectors, self.tau)
+        return matrix
+
+    def times(self, X: Tensor) -> Tensor:
+        """``Q @ X`` in the dtype of ``Q``; ``X`` is ``(..., p, k)``."""
+        if self._written:
+            return self.matrix @ X.to(self.dtype)
+        padded = self.tau.new_zeros((*X.shape[:-2], X.shape[-1], self.reflectors.shape[-2])).mT
+        padded[..., : X.shape[-2], :] = X
+        return torch.ormqr(self.reflectors, self.tau, padded)
+
+    def project(self, Y: Tensor) -> Tensor:
+        """``Q^T @ Y`` in the dtype of ``Q``; ``Y`` is ``(..., m, k)``."""
+        Y = Y.to(self.dtype)
+        if self._written:
+            return self.matrix.mT @ Y
+        return torch.ormqr(self.reflectors, self.tau, Y, transpose=True)[..., : self.tau.shape[-1], :]
+
+    @property
+    def _written(self) -> bool:
+        # Elsewhere one matrix product beats a loop of reflections over the batch.
+        return self.tau.device.type != "cpu"
+
+
+def qr(matrix: Tensor) -> tuple[Orthonormal, Tensor]:
+    """Reduced QR decomposition ``(..., m, r)`` into ``Q (..., m, p)`` and ``R (..., p, r)``."""
+    packed, tau = torch.geqrf(matrix)
+    p = tau.shape[-1]
+    return Orthonormal(packed[..., :p], tau), packed[..., :p, :].triu()
+
+
+@dataclass(frozen=True)
 class JointFrame:
     """Orthonormal bases of everything the tasks can reach, and the tasks in these bases.
 
     ``left`` is ``(G, m, p)`` with orthonormal columns, ``right`` is ``(G, q, n)`` with orthonormal rows,
-    ``p = min(m, R)``, ``q = min(n, R)``. ``cores`` is the same stack in small coordinates (float64):
-    ``delta_t = left @ cores.B[t] @ cores.A[t] @ right``, exactly.
+    ``p = min(m, R)``, ``q = min(n, R)``; they are written out on demand. ``cores`` is the same stack in small
+    coordinates (float64): ``delta_t = left @ cores.B[t] @ cores.A[t] @ right``, exactly.
     """
 
-    left: Tensor
-    right: Tensor
+    columns: Orthonormal
+    rows: Orthonormal
     cores: UpdateStack
 
-    def lift(self, core: LowRank) -> LowRank:
-        """From small coordinates ``(G, p, q)`` back to ``(G, m, n)``."""
-        B, A = core.factors()
-        return LowRank(self.left @ B.to(self.left.dtype), A.to(self.right.dtype) @ self.right)
+    @property
+    def left(self) -> Tensor:
+        return self.columns.matrix
+
+    @property
+    def right(self) -> Tensor:
+        return self.rows.matrix.mT
+
+    def lift(self, core: ThinSVD) -> ThinSVD:
+        """An SVD in small coordinates as the SVD of an update of ``(G, m, n)``."""
+        return ProductSVD(self.columns, core, self.rows).head(core.S.shape[-1])
 
 
 def joint_frame(stack: UpdateStack) -> JointFrame:
@@ -53,15 +110,15 @@ def joint_frame(stack: UpdateStack) -> JointFrame:
 
 def _joint_frame(stack: UpdateStack) -> JointFrame:
     B, A = stack.joined()
-    left, core_B = torch.linalg.qr(B)
-    right, core_A = torch.linalg.qr(A.mT)
+    columns, core_B = qr(B)
+    rows, core_A = qr(A.mT)
     cores = UpdateStack(
         stack.names,
         stack.tasks,
         stack.split(core_B.double(), dim=2),
         stack.split(core_A.double().mT, dim=1),
     )
-    return JointFrame(left, right.mT, cores)
+    return JointFrame(columns, rows, cores)
 
 
 @dataclass(frozen=True)
@@ -71,6 +128,11 @@ class ThinSVD:
     U: Tensor
     S: Tensor
     Vh: Tensor
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the vectors."""
+        return self.U.dtype
 
     def balanced(self) -> LowRank:
         """``B = U sqrt(S)``, ``A = sqrt(S) Vh``: the canonical factors of the product."""
@@ -82,13 +144,41 @@ class ThinSVD:
         return ThinSVD(self.U[..., :rank], self.S[..., :rank], self.Vh[..., :rank, :])
 
 
-def thin_svd(update: LowRank) -> ThinSVD:
+@dataclass(frozen=True)
+class ProductSVD:
+    """The SVD of a product ``(G, m, n)``; its singular vectors are computed as far as they are asked for."""
+
+    columns: Orthonormal
+    small: ThinSVD
+    rows: Orthonormal
+
+    @property
+    def S(self) -> Tensor:
+        return self.small.S
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the vectors."""
+        return self.columns.dtype
+
+    def head(self, rank: int) -> ThinSVD:
+        """The leading ``rank`` triplets."""
+        small = self.small.head(rank)
+        return ThinSVD(self.columns.times(small.U), small.S, self.rows.times(small.Vh.mT).mT)
+
+
+def product_svd(update: LowRank) -> ProductSVD:
     """SVD of a product from the QR of its factors; ``k = min(m, n, r)``. Cost ``O((m + n) r^2)``."""
     B, A = update.factors()
-    Q_B, R_B = torch.linalg.qr(B)
-    Q_A, R_A = torch.linalg.qr(A.mT)
-    U, S, Vh = torch.linalg.svd(R_B.double() @ R_A.double().mT, full_matrices=False)
-    return ThinSVD(Q_B @ U.to(Q_B.dtype), S, Vh.to(Q_A.dtype) @ Q_A.mT)
+    columns, R_B = qr(B)
+    rows, R_A = qr(A.mT)
+    return ProductSVD(columns, core_svd(R_B.double() @ R_A.double().mT), rows)
+
+
+def thin_svd(update: LowRank) -> ThinSVD:
+    """The whole of :func:`product_svd`."""
+    svd = product_svd(update)
+    return svd.head(svd.S.shape[-1])
 
 
 def core_svd(core: Tensor) -> ThinSVD:

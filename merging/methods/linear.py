@@ -14,7 +14,7 @@ from torch import Tensor
 from merging.catalog.linear import LinearParams
 from merging.errors import InputError
 from merging.kernels import Context, Local, Merged
-from merging.lowrank import ThinSVD, core_svd, joint_frame
+from merging.lowrank import core_svd, joint_frame
 from merging.updates import LowRank, UpdateStack
 
 
@@ -30,10 +30,7 @@ def truncated_sum(stack: UpdateStack, ctx: Context) -> Merged:
     B, A = frame.cores.scaled(_weights(stack, ctx)).joined()
     core = core_svd(B @ A)
     rank = min(ctx.rank or core.S.shape[-1], core.S.shape[-1])
-    head = core.head(rank)
-    dtype = frame.left.dtype
-    lifted = ThinSVD(frame.left @ head.U.to(dtype), head.S, head.Vh.to(dtype) @ frame.right)
-    return Merged(lifted, (core.S[..., rank:] ** 2).sum(-1))
+    return Merged(frame.lift(core.head(rank)), (core.S[..., rank:] ** 2).sum(-1))
 
 
 def _weights(stack: UpdateStack, ctx: Context) -> Tensor:
