@@ -14,7 +14,7 @@ from merging.execute import Runner
 from merging.formats.writer import TensorSpec, write_safetensors
 from merging.planning import Prepared
 from merging.report import Findings, build_report
-from merging.result import header_metadata, write_result, write_text
+from merging.result import header_metadata, json_text, write_result, write_text
 from merging.spool import Spool
 
 ARTEFACT_NAME = "basis.safetensors"
@@ -75,7 +75,7 @@ def write_parts(
     card = model_card(recipe, prepared.resolved.method, report, prepared.table.base_model)
     files["README.md"] = write_text(folder / "README.md", card)
     files["merge.yaml"] = write_text(folder / "merge.yaml", recipe.to_yaml())
-    files["report.json"] = write_text(folder / "report.json", json.dumps(report, indent=1) + "\n")
+    files["report.json"] = write_text(folder / "report.json", json_text(report))
     return report, dict(sorted(files.items()))
 
 

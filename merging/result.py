@@ -39,7 +39,7 @@ def write_result(
     card = model_card(recipe, prepared.resolved.method, report, prepared.table.base_model, task=task)
     files["README.md"] = write_text(folder / "README.md", card)
     files["merge.yaml"] = write_text(folder / "merge.yaml", recipe.to_yaml())
-    files["report.json"] = write_text(folder / "report.json", json.dumps(report, indent=1) + "\n")
+    files["report.json"] = write_text(folder / "report.json", json_text(report))
     return dict(sorted(files.items()))
 
 
@@ -51,6 +51,27 @@ def header_metadata(report: dict[str, Any]) -> dict[str, str]:
         "merganser.method": report["method"],
         "merganser.version": report["versions"]["merganser"],
     }
+
+
+def json_text(value: Any) -> str:
+    """JSON with a line per entry down to the second level, such as one per module of a report.
+
+    (The encoder of the library writes single lines in C, and indented text in Python.)
+    """
+    return _lines(value, 2, "") + "\n"
+
+
+def _lines(value: Any, levels: int, pad: str) -> str:
+    if levels == 0 or not value or not isinstance(value, dict | list):
+        return json.dumps(value)
+    deeper = pad + " "
+    if isinstance(value, dict):
+        parts = [f"{json.dumps(key)}: {_lines(item, levels - 1, deeper)}" for key, item in value.items()]
+        start, end = "{", "}"
+    else:
+        parts = [_lines(item, levels - 1, deeper) for item in value]
+        start, end = "[", "]"
+    return f"{start}\n{deeper}" + f",\n{deeper}".join(parts) + f"\n{pad}{end}"
 
 
 def write_text(path: Path, text: str) -> str:
@@ -185,4 +206,4 @@ def _maker(prepared: Prepared, name: str, models: tuple[int, ...]) -> Any:
     return make
 
 
-__all__ = ["header_metadata", "load_factors", "result_modules", "write_result", "write_text"]
+__all__ = ["header_metadata", "json_text", "load_factors", "result_modules", "write_result", "write_text"]
