@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -75,3 +76,13 @@ def write_adapter(
     data = pack(entries(shapes, dtype)) if weights is None else weights
     (folder / "adapter_model.safetensors").write_bytes(data)
     return folder
+
+
+@dataclass(frozen=True)
+class Case:
+    """One bad adapter. ``upload`` is False when it cannot be sent as plain files (links, pipes)."""
+
+    name: str
+    build: Callable[[Path], object]
+    code: str
+    upload: bool = True
