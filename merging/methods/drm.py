@@ -22,12 +22,14 @@ from torch import Tensor
 from merging.catalog.named import DrmParams
 from merging.kernels import Context, Local, Merged, module_chunks
 from merging.lowrank import rank_rtol
-from merging.selection import batched_kth_largest
-from merging.streamed import kth_magnitude
+from merging.selection import batched_kth_largest, kth_largest
+from merging.thresholds import Search, bracket
 from merging.updates import LowRank, UpdateStack
 
 CACHED = 1 << 19
 """Entries per block that stay in the cache of a CPU through several passes."""
+
+SAMPLE_COLUMNS = 64
 
 
 def merge_horizontal(stack: UpdateStack, ctx: Context) -> Merged:
@@ -117,10 +119,20 @@ def _threshold(rows: Tensor, entries: Tensor, density: float) -> Tensor:
         return rows.new_zeros((rows.shape[0], 1, 1, 1))
     kept = torch.minimum((entries.double() * density).round().long() + 1, entries).clamp_min(1)
     if rows.device.type == "cpu":
-        found = torch.stack([kth_magnitude(module, int(k)) for module, k in zip(rows, kept, strict=True)])
+        found = torch.stack([_kth_magnitude(module, int(k)) for module, k in zip(rows, kept, strict=True)])
     else:
         found = batched_kth_largest(rows.abs().flatten(1).unsqueeze(1), kept.unsqueeze(-1)).squeeze(-1)
     return found.view(-1, 1, 1, 1) * (1.0 - (1e-12 if rows.dtype == torch.float64 else 1e-6))
+
+
+def _kth_magnitude(rows: Tensor, k: int) -> Tensor:
+    """The ``k``-th largest magnitude of ``(T, k, n)`` on the CPU, without a second tensor of that size."""
+    sample = rows[..., :: max(1, rows.shape[-1] // SAMPLE_COLUMNS)].abs().flatten(0, 1).numpy()
+    search = Search(*bracket([sample], [1.0], k / rows.numel(), sigmas=3.5))
+    for block in torch.split(rows.flatten(), CACHED):
+        search.feed(block.abs().numpy())
+    value = search.value(k)
+    return kth_largest(rows.abs().flatten(), k) if value is None else torch.as_tensor(value, dtype=rows.dtype)
 
 
 drm_h = Local(merge_horizontal)
