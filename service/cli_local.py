@@ -64,9 +64,12 @@ def _positive(text: str) -> int:
 
 
 def _merge(args: argparse.Namespace) -> int:
+    from merging.formats.result_dir import ResultDirectory
     from merging.planning import plan
 
-    plan(args.recipe)  # refuses bad input before torch is imported
+    # Bad input is refused here, before the slow import of torch.
+    plan(args.recipe)
+    ResultDirectory(args.out, args.overwrite).check()
 
     from merging.engine import merge
 

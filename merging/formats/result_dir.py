@@ -36,7 +36,7 @@ class ResultDirectory:
     def __enter__(self) -> Self:
         self.out.parent.mkdir(parents=True, exist_ok=True)
         self._recover()
-        self._check()
+        self.check()
         self.path.mkdir()
         self._handle = _lock(self.path)
         return self
@@ -57,7 +57,8 @@ class ResultDirectory:
                 os.close(self._handle)
                 self._handle = None
 
-    def _check(self) -> None:
+    def check(self) -> None:
+        """Raise ``output_exists`` if ``out`` may not be written; for callers with slow work ahead."""
         if not os.path.lexists(self.out):
             return
         if not self.out.is_dir() or (not self.overwrite and any(self.out.iterdir())):
@@ -74,7 +75,7 @@ class ResultDirectory:
             for name in sorted(files):
                 _sync(Path(folder, name))
             _sync(Path(folder))
-        self._check()
+        self.check()
         old = self.path.with_name(self.path.name + _OLD)
         if self.overwrite and self.out.is_dir():
             self.out.rename(old)
