@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from merging.compress import RankRule, compress
+from merging.diagnostics import SAMPLE, Facts, measure
 from merging.kernels import Context, Kernel, Merged, MultiKernel
-from merging.lowrank import inner, squared_norm
+from merging.lowrank import squared_norm
 from merging.planning import Batch, Prepared
 from merging.spaces import balance
 from merging.updates import LowRank, UpdateStack
@@ -40,7 +41,8 @@ class Outcome:
     """The merged update of one module and how it relates to the inputs.
 
     ``B (m, r)`` and ``A (r, n)`` are on the CPU, unscaled by ``lambda``; ``None`` stands for an identity.
-    ``input_norms``, ``inner`` (with the merged update) are per task of ``tasks``, in float64.
+    ``input_norms``, ``inner`` (with the merged update) are per task of ``tasks``, in float64. ``facts`` holds
+    the diagnostics.
     """
 
     name: str
@@ -55,6 +57,7 @@ class Outcome:
     discarded: float
     input_norms: tuple[float, ...]
     inner: tuple[float, ...]
+    facts: Facts
 
 
 @dataclass(frozen=True)
@@ -112,6 +115,7 @@ class Runner:
     device: torch.device
     threads: int
     scales: tuple[float, ...] = ()
+    sample: int = SAMPLE
 
     def equalized(self, tick: Callable[[str], None]) -> Runner:
         """The runner that scales each model's whole update to the mean norm, if the recipe says so."""
@@ -187,7 +191,7 @@ class Runner:
         context = replace(self.context, rank=rule.ceiling if rule.energy is None else None)
         merged = self.kernel.merge(self._ready(stack), context)
         done = compress(merged, rule, seed=context.seed, names=batch.names)
-        return outcomes(stack, done.update, done.ranks, done.discarded)
+        return outcomes(stack, done.update, done.ranks, done.discarded, seed=context.seed, sample=self.sample)
 
     def _split(self, batch: Batch) -> list[Split]:
         stack = self._load(batch)
@@ -197,7 +201,7 @@ class Runner:
         for t, update in enumerate(done.updates):
             alone = UpdateStack(stack.names, (stack.tasks[t],), (stack.B[t],), (stack.A[t],))
             cut = compress(Merged(update), self.rule, seed=self.context.seed, names=batch.names)
-            columns.append(outcomes(alone, cut.update, cut.ranks, cut.discarded))
+            columns.append(outcomes(alone, cut.update, cut.ranks, cut.discarded, seed=self.context.seed))
         artefact = {key: tensor.cpu() for key, tensor in done.artefact.items()}
         facts = {key: tensor.double().cpu() for key, tensor in done.facts.items()}
         return [
@@ -215,17 +219,17 @@ def _plain(value: Tensor) -> float | tuple[float, ...]:
     return float(value) if value.ndim == 0 else tuple(float(x) for x in value)
 
 
-def outcomes(stack: UpdateStack, update: LowRank, ranks: Tensor, discarded: Tensor) -> list[Outcome]:
+def outcomes(
+    stack: UpdateStack, update: LowRank, ranks: Tensor, discarded: Tensor, *, seed: int, sample: int = SAMPLE
+) -> list[Outcome]:
     """Cut a batch into modules and measure each against its inputs."""
-    norms = squared_norm(update).clamp_min(0.0).sqrt().cpu()
-    tasks = [LowRank(B, A) for B, A in zip(stack.B, stack.A, strict=True)]
-    input_norms = torch.stack([squared_norm(task).sqrt() for task in tasks], dim=1).cpu()
-    products = torch.stack([inner(task, update) for task in tasks], dim=1).cpu()
+    measured = measure(stack, update, seed=seed, sample=sample)
     B = None if update.B is None else update.B.cpu()
     A = None if update.A is None else update.A.cpu()
     found = []
-    for g, name in enumerate(stack.names):
+    for g, (name, facts) in enumerate(zip(stack.names, measured, strict=True)):
         rank = int(ranks[g])
+        assert facts.merged is not None
         found.append(
             Outcome(
                 name=name,
@@ -236,10 +240,11 @@ def outcomes(stack: UpdateStack, update: LowRank, ranks: Tensor, discarded: Tens
                 rank=rank,
                 B=None if B is None else B[g, :, :rank],
                 A=None if A is None else A[g, :rank],
-                norm=float(norms[g]),
+                norm=float(facts.merged.norm2.sqrt()),
                 discarded=float(discarded[g]),
-                input_norms=tuple(input_norms[g].tolist()),
-                inner=tuple(products[g].tolist()),
+                input_norms=tuple(facts.inputs.gram.diagonal().clamp_min(0.0).sqrt().tolist()),
+                inner=tuple(facts.merged.products.tolist()),
+                facts=facts,
             )
         )
     return found

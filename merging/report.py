@@ -7,6 +7,8 @@ import platform
 from typing import Any
 
 from merging.catalog.spec import MethodParams
+from merging.diagnostics.telling import Measured, inputs_data, module_data
+from merging.diagnostics.whole import whole_model
 from merging.execute import Outcome
 from merging.planning import Prepared
 
@@ -54,6 +56,9 @@ class Findings:
                 "ranks": outcome.ranks,
                 "input_norms": outcome.input_norms,
                 "inner": outcome.inner,
+                "measured": Measured(
+                    tuple(map(self.tasks.index, outcome.tasks)), outcome.m, outcome.n, outcome.facts
+                ),
             }
         )
         self._norm2 += outcome.norm**2
@@ -89,6 +94,7 @@ class Findings:
         norm = math.sqrt(self._norm2) * abs(factor)
         ranks = [module["rank"] for module in self.modules]
         total = self._norm2 + self._discarded
+        whole = whole_model([module["measured"] for module in self.modules], len(self.tasks), factor)
         return {
             "modules": len(self.modules),
             "lambda": factor,
@@ -102,9 +108,11 @@ class Findings:
                     "model": self.prepared.labels[task],
                     "norm": math.sqrt(self._squares[task]),
                     **_relation(norm, self._squares[task], factor * self._inner[task]),
+                    **data,
                 }
-                for task in self.tasks
+                for task, data in zip(self.tasks, whole.inputs, strict=True)
             ],
+            "diagnostics": whole.summary,
         }
 
     def module_entries(self) -> dict[str, dict[str, Any]]:
@@ -126,11 +134,18 @@ class Findings:
                     "rank": rank,
                     "norm": input_norm,
                     **_relation(norm, input_norm**2, self.lambda_ * product),
+                    **data,
                 }
-                for task, rank, input_norm, product in zip(
-                    module["tasks"], module["ranks"], module["input_norms"], module["inner"], strict=True
+                for task, rank, input_norm, product, data in zip(
+                    module["tasks"],
+                    module["ranks"],
+                    module["input_norms"],
+                    module["inner"],
+                    inputs_data(module["measured"], self.lambda_),
+                    strict=True,
                 )
             ],
+            "diagnostics": module_data(module["measured"], self.lambda_),
         }
 
 
