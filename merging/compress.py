@@ -8,16 +8,7 @@ import torch
 from torch import Tensor
 
 from merging.kernels import Merged
-from merging.lowrank import (
-    ProductSVD,
-    ThinSVD,
-    numerical_rank,
-    product_svd,
-    rank_for_energy,
-    rank_rtol,
-    squared_norm,
-    thin_svd,
-)
+from merging.lowrank import ThinSVD, numerical_rank, rank_for_energy, rank_rtol, squared_norm, thin_svd
 from merging.rules import task_generator
 from merging.updates import LowRank
 
@@ -76,11 +67,11 @@ def compress(merged: Merged, rule: RankRule, *, seed: int, names: tuple[str, ...
             return _result(update, ranks, torch.zeros(len(ranks), dtype=torch.float64), before)
         if update.B is None or update.A is None:
             return _dense(update, rule, seed, names, before)
-        return _from_svd(product_svd(update), rule, before)
+        return _from_svd(thin_svd(update), rule, before)
     return _from_svd(update, rule, before)
 
 
-def _from_svd(svd: ThinSVD | ProductSVD, rule: RankRule, before: Tensor | None) -> Compressed:
+def _from_svd(svd: ThinSVD, rule: RankRule, before: Tensor | None) -> Compressed:
     ranks = numerical_rank(svd.S, rank_rtol(svd.dtype))
     if rule.energy is not None:
         ranks = torch.minimum(ranks, rank_for_energy(svd.S, rule.energy))
@@ -90,7 +81,7 @@ def _from_svd(svd: ThinSVD | ProductSVD, rule: RankRule, before: Tensor | None) 
     kept = torch.arange(svd.S.shape[-1], device=svd.S.device) < ranks.to(svd.S.device).unsqueeze(-1)
     discarded = (svd.S.double() ** 2 * ~kept).sum(-1)
     head = svd.head(int(ranks.max()))
-    update = ThinSVD(head.U, (head.S * kept[:, : head.S.shape[-1]]).to(head.U.dtype), head.Vh).balanced()
+    update = head.with_values((head.S * kept[:, : head.S.shape[-1]]).to(head.dtype)).balanced()
     return _result(update, ranks, discarded, before)
 
 
@@ -134,7 +125,7 @@ def _truncated(svd: ThinSVD, rule: RankRule, total: Tensor, limit: int) -> Compr
     rank = int(ranks[0])
     head = svd.head(rank)
     kept = (head.S**2).sum(-1)
-    balanced = ThinSVD(head.U, head.S.to(head.U.dtype), head.Vh).balanced()
+    balanced = head.with_values(head.S.to(head.dtype)).balanced()
     return Compressed(balanced, ranks.cpu(), (total - kept).clamp_min(0.0).cpu())
 
 

@@ -90,9 +90,9 @@ class JointFrame:
     def right(self) -> Tensor:
         return self.rows.matrix.mT
 
-    def lift(self, core: ThinSVD) -> ThinSVD:
+    def lift(self, core: ThinSVD) -> ProductSVD:
         """An SVD in small coordinates as the SVD of an update of ``(G, m, n)``."""
-        return ProductSVD(self.columns, core, self.rows).head(core.S.shape[-1])
+        return ProductSVD(self.columns, core, self.rows)
 
 
 def joint_frame(stack: UpdateStack) -> JointFrame:
@@ -143,42 +143,46 @@ class ThinSVD:
         """The leading ``rank`` triplets."""
         return ThinSVD(self.U[..., :rank], self.S[..., :rank], self.Vh[..., :rank, :])
 
+    def with_values(self, S: Tensor) -> ThinSVD:
+        """The same vectors with other values."""
+        return ThinSVD(self.U, S, self.Vh)
 
-@dataclass(frozen=True)
-class ProductSVD:
-    """The SVD of a product ``(G, m, n)``; its singular vectors are computed as far as they are asked for."""
+
+class ProductSVD(ThinSVD):
+    """The SVD ``Q_B @ small @ Q_A^T``, whose vectors are written out only where they are asked for."""
+
+    def __init__(self, columns: Orthonormal, small: ThinSVD, rows: Orthonormal) -> None:
+        self.__dict__.update(columns=columns, small=small, rows=rows, S=small.S)
 
     columns: Orthonormal
     small: ThinSVD
     rows: Orthonormal
 
-    @property
-    def S(self) -> Tensor:
-        return self.small.S
+    @cached_property
+    def U(self) -> Tensor:
+        return self.columns.times(self.small.U)
+
+    @cached_property
+    def Vh(self) -> Tensor:
+        return self.rows.times(self.small.Vh.mT).mT
 
     @property
     def dtype(self) -> torch.dtype:
-        """That of the vectors."""
         return self.columns.dtype
 
-    def head(self, rank: int) -> ThinSVD:
-        """The leading ``rank`` triplets."""
-        small = self.small.head(rank)
-        return ThinSVD(self.columns.times(small.U), small.S, self.rows.times(small.Vh.mT).mT)
+    def head(self, rank: int) -> ProductSVD:
+        return ProductSVD(self.columns, self.small.head(rank), self.rows)
+
+    def with_values(self, S: Tensor) -> ProductSVD:
+        return ProductSVD(self.columns, self.small.with_values(S), self.rows)
 
 
-def product_svd(update: LowRank) -> ProductSVD:
+def thin_svd(update: LowRank) -> ProductSVD:
     """SVD of a product from the QR of its factors; ``k = min(m, n, r)``. Cost ``O((m + n) r^2)``."""
     B, A = update.factors()
     columns, R_B = qr(B)
     rows, R_A = qr(A.mT)
     return ProductSVD(columns, core_svd(R_B.double() @ R_A.double().mT), rows)
-
-
-def thin_svd(update: LowRank) -> ThinSVD:
-    """The whole of :func:`product_svd`."""
-    svd = product_svd(update)
-    return svd.head(svd.S.shape[-1])
 
 
 def core_svd(core: Tensor) -> ThinSVD:

@@ -9,6 +9,7 @@ All three are isometric: norms and inner products of task vectors are the same i
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -21,39 +22,25 @@ from merging.updates import Coordinates, LowRank, UpdateStack
 
 @dataclass(frozen=True)
 class Placement:
-    """A stack in some coordinates.
+    """A stack in some coordinates, and the way back.
 
-    ``coordinates`` holds the tasks as ``p x q`` matrices; ``left (G, m, p)`` and ``right (G, q, n)`` are
-    orthonormal (``None``: identity). ``entries (G,)`` counts the coordinates that can be non-zero and
-    ``widths (G,)`` those of one row: frames of a batch are padded with zero directions where the stacks are
-    rank-deficient.
+    ``coordinates`` holds the tasks as ``p x q`` matrices. ``entries (G,)`` counts the coordinates that can be
+    non-zero and ``widths (G,)`` those of one row: frames of a batch are padded with zero directions where
+    the stacks are rank-deficient. ``lift`` takes a merged coordinate matrix ``(G, p, q)`` to an update of
+    ``(G, m, n)``, exactly: full coordinates to a dense matrix next to an identity, core ones to an SVD.
     """
 
     coordinates: Coordinates
-    left: Tensor | None
-    right: Tensor | None
+    lift: Callable[[Tensor], LowRank | ThinSVD]
     entries: Tensor
     widths: Tensor
-
-    def lift(self, merged: Tensor) -> LowRank | ThinSVD:
-        """A merged coordinate matrix ``(G, p, q)`` as an update of ``(G, m, n)``, exactly.
-
-        Core coordinates come back as an SVD; full ones as a dense matrix next to an identity.
-        """
-        if self.left is None:
-            return LowRank(None, merged) if merged.shape[-2] <= merged.shape[-1] else LowRank(merged, None)
-        if self.right is None:
-            return LowRank(self.left, merged.to(self.left.dtype))
-        small = core_svd(merged)
-        left, right = self.left, self.right
-        return ThinSVD(left @ small.U.to(left.dtype), small.S, small.Vh.to(right.dtype) @ right)
 
 
 def place(stack: Coordinates, space: str, *, gauge: str = "balanced") -> Placement:
     """The stack in the coordinates of ``space``; ``gauge`` matters in Core Space only."""
     if space == "full":
         entries = torch.full((stack.G,), stack.m * stack.n, dtype=torch.long)
-        return Placement(stack, None, None, entries, torch.full_like(entries, stack.n))
+        return Placement(stack, _dense, entries, torch.full_like(entries, stack.n))
     if not isinstance(stack, UpdateStack):
         raise InputError(
             "space_not_supported",
@@ -62,6 +49,10 @@ def place(stack: Coordinates, space: str, *, gauge: str = "balanced") -> Placeme
             where={"field": "space"},
         )
     return knots(stack) if space == "knots" else core(stack, gauge=gauge)
+
+
+def _dense(merged: Tensor) -> LowRank:
+    return LowRank(None, merged) if merged.shape[-2] <= merged.shape[-1] else LowRank(merged, None)
 
 
 def knots(stack: UpdateStack, *, with_values: bool = True) -> Placement:
@@ -92,8 +83,12 @@ def knots(stack: UpdateStack, *, with_values: bool = True) -> Placement:
         tuple((rows @ block).to(left.dtype) for block in blocks),
         stack.A,
     )
+
+    def lift(merged: Tensor) -> LowRank:
+        return LowRank(basis, merged.to(basis.dtype))
+
     entries = alive.sum(-1).cpu() * stack.n
-    return Placement(coordinates, basis, None, entries, torch.full_like(entries, stack.n))
+    return Placement(coordinates, lift, entries, torch.full_like(entries, stack.n))
 
 
 def core(stack: UpdateStack, *, gauge: str = "balanced") -> Placement:
@@ -119,10 +114,13 @@ def core(stack: UpdateStack, *, gauge: str = "balanced") -> Placement:
         tuple(U.mT @ block for block in cores.B),
         tuple(block @ V for block in cores.A),
     )
-    left = frame.left @ U.to(frame.left.dtype)
-    right = V.mT.to(frame.right.dtype) @ frame.right
+
+    def lift(merged: Tensor) -> ThinSVD:
+        small = core_svd(merged)
+        return frame.lift(ThinSVD(U @ small.U, small.S, small.Vh @ V.mT))
+
     entries = alive_B.sum(-1) * alive_A.sum(-1)
-    return Placement(coordinates, left, right, entries.cpu(), alive_A.sum(-1).cpu())
+    return Placement(coordinates, lift, entries.cpu(), alive_A.sum(-1).cpu())
 
 
 def balance(stack: UpdateStack) -> UpdateStack:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from golden import Golden, assert_close, run
+from golden import Golden, assert_close, dense, run
 
 from merging import spaces
 from merging.catalog.named import LegoParams, RmmParams
@@ -116,13 +116,11 @@ def test_lore_is_the_prototype(golden_dir: Path, mu: float, module: str, dtype: 
         [merged] = run("lore", [stack], {**parameters, "tol": 0.0, "final": "average"})
         assert_close(merged, file.tensors[f"out.mu{mu}.lam{scale}.{module}.merged_delta"], tolerance)
     place = spaces.core(stack)
-    assert place.left is not None
-    assert place.right is not None
     thetas = place.coordinates.rows(0, place.coordinates.m)
     base, deltas = lore.sweeps(thetas, torch.tensor(mu, dtype=torch.float64), file.hyper["T"])
 
     def lifted(core: torch.Tensor) -> torch.Tensor:
-        return (place.left.double() @ core @ place.right.double())[0]  # type: ignore[union-attr]
+        return dense(place.lift(core))
 
     assert_close(lifted(base), file.tensors[f"out.mu{mu}.{module}.theta0_shift"], tolerance)
     for task in range(stack.T):
