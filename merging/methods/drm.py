@@ -122,7 +122,7 @@ def _threshold(rows: Tensor, entries: Tensor, density: float) -> Tensor:
         found = torch.stack([_kth_magnitude(module, int(k)) for module, k in zip(rows, kept, strict=True)])
     else:
         found = batched_kth_largest(rows.abs().flatten(1).unsqueeze(1), kept.unsqueeze(-1)).squeeze(-1)
-    return found.view(-1, 1, 1, 1) * (1.0 - (1e-12 if rows.dtype == torch.float64 else 1e-6))
+    return found.view(-1, 1, 1, 1) - (1e-9 if rows.dtype == torch.float64 else 1e-7)
 
 
 def _kth_magnitude(rows: Tensor, k: int) -> Tensor:

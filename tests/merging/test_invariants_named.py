@@ -83,7 +83,7 @@ def dense_drm_h(
     if density < 1.0 and unit.numel():
         kept = min(unit.numel(), round(unit.numel() * density) + 1)
         threshold = unit.abs().flatten().sort(descending=True).values[kept - 1]
-        unit = unit * (unit.abs() >= threshold * (1 - 1e-12))  # equal but for rounding: kept together
+        unit = unit * (unit.abs() >= threshold - 1e-9)  # equal but for rounding: kept together
     y = unit * norms * S.view(1, -1, 1)
     sign = y.sum(0).sign()
     sign = torch.where(sign == 0, sign.sum().sign(), sign)
