@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from merging import rules, spaces
-from merging.catalog.entrywise import ElectionParams, SpaceParams
+from merging.catalog.entrywise import SpaceParams, VotingParams
 from merging.errors import InputError
 from merging.kernels import Context, Merged, entry_blocks
 from merging.lowrank import ThinSVD, thin_svd
@@ -74,12 +74,13 @@ class Entrywise:
         if not self.election:
             return lambda y: weighted(y).sum(-3)
         params = ctx.params
-        assert isinstance(params, ElectionParams)
+        assert isinstance(params, VotingParams)
         method, agg = params.majority_sign_method, params.agg
-        if params.compat == "peft":  # votes are unweighted, the divisor counts tasks
+        compat = getattr(params, "compat", None)
+        if compat == "peft":  # votes are unweighted, the divisor counts tasks
             return lambda y: _peft(y, rules.elect(y, method, 1.0), weights)
         zero: Tensor | float = 1.0
-        if params.compat == "paper":
+        if compat == "paper":
             zero = majority if majority is not None else self._majority(place, stack, ctx)
         divisor = weights if params.normalize else None
 
@@ -95,7 +96,7 @@ class Entrywise:
     def _sign_total(self, place: spaces.Placement, stack: UpdateStack, ctx: Context) -> Tensor:
         """The sum of the elected signs of each module, ``(G,)``."""
         params = ctx.params
-        assert isinstance(params, ElectionParams)
+        assert isinstance(params, VotingParams)
         weighted = weighting(ctx, stack, place.coordinates.like)
         apply = self.sparsifier.prepare(place, stack, ctx)
         total = torch.zeros(stack.G, dtype=torch.float64, device=place.coordinates.like.device)

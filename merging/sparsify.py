@@ -65,9 +65,7 @@ class Magnitude(Sparsifier):
         if limits is None:
             return lambda x, start: x
         chosen = limits.view(-1, stack.T, 1, 1)
-        if not _param(ctx, "rescale"):
-            return lambda x, start: trim_(x, chosen)
-        return l1_matched(place, stack, ctx, lambda: lambda x, start: trim_(x, chosen))
+        return _rescaled(place, stack, ctx, lambda x, start: trim_(x, chosen))
 
     def _limits(self, place: Placement, stack: UpdateStack, ctx: Context) -> Tensor | None:
         """The smallest magnitude that stays, ``(G, T)`` or ``(1, T)``; ``None`` where everything does."""
@@ -100,11 +98,11 @@ class Band(Sparsifier):
         if _param(ctx, "trim_scope") == "row":
             widths = place.widths.tolist()
             rows = [[_band(n, d, g, spare_top=False) for d, g in shares] for n in widths]
-            return lambda x, start: _band_of_rows(x, rows)
+            return _rescaled(place, stack, ctx, lambda x, start: _band_of_rows(x, rows))
         ends = [[_band(n, d, g, spare_top=True) for d, g in shares] for n in place.entries.tolist()]
         ranks = [[[end[side] for end in row] for row in ends] for side in (0, 1)]
         high, low = thresholds(place.coordinates, ranks, ctx.budget).unsqueeze(-1).unsqueeze(-1)
-        return lambda x, start: band_(x, low, high)
+        return _rescaled(place, stack, ctx, lambda x, start: band_(x, low, high))
 
 
 @dataclass(frozen=True)
@@ -163,6 +161,10 @@ class RankedRandom(Sparsifier):
         if _param(ctx, "rescale") and not inverse:
             return l1_matched(place, stack, ctx, dropping)
         return dropping()
+
+
+def _rescaled(place: Placement, stack: UpdateStack, ctx: Context, apply: Apply) -> Apply:
+    return l1_matched(place, stack, ctx, lambda: apply) if _param(ctx, "rescale") else apply
 
 
 def l1_matched(place: Placement, stack: UpdateStack, ctx: Context, make: Callable[[], Apply]) -> Apply:

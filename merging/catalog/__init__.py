@@ -15,7 +15,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from merging.catalog import entrywise, linear, named, spectral
+from merging.catalog import entrywise, linear, named, sparse, spectral
 from merging.catalog.spec import Contract, Method, MethodParams, Paper
 from merging.errors import InputError
 from merging.recipe import Recipe
@@ -34,7 +34,7 @@ __all__ = [
 ]
 
 ALIASES = {"task_arithmetic": "linear", "cat": "linear"}
-_FAMILIES = (linear, entrywise, named, spectral)
+_FAMILIES = (linear, entrywise, sparse, named, spectral)
 
 
 @cache

@@ -44,8 +44,7 @@ class EntrywiseParams(SpaceParams):
     compat: Compat | None = Field(default=None, description=COMPAT_TEXT)
 
 
-class ElectionParams(LambdaAuto, SpaceParams):
-    compat: Compat | None = Field(default=None, description=COMPAT_TEXT)
+class VotingParams(LambdaAuto, SpaceParams):
     majority_sign_method: Literal["total", "frequency"] = Field(
         default="total", description="Elect each sign by the sum of the entries or by their count."
     )
@@ -58,6 +57,10 @@ class ElectionParams(LambdaAuto, SpaceParams):
             "With `agg: mean`, divide by the sum of the weights of the agreeing models, not by their count."
         ),
     )
+
+
+class ElectionParams(VotingParams):
+    compat: Compat | None = Field(default=None, description=COMPAT_TEXT)
 
 
 class MagnitudePruneParams(EntrywiseParams):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field
 
 from merging.catalog.spec import Compat, Contract, Method, MethodParams, Paper
@@ -16,6 +18,15 @@ class LinearParams(MethodParams):
     compat: Compat | None = Field(
         default=None,
         description="Accepted for symmetry: peers' `cat`, `svd` and `task_arithmetic` agree with ours.",
+    )
+
+
+class SlerpParams(MethodParams):
+    t: float = Field(
+        default=0.5, ge=0.0, le=1.0, description="Place on the arc: 0 is the first model, 1 the second."
+    )
+    compat: Literal["mergekit"] | None = Field(
+        default=None, description="`mergekit` interpolates on a line where the cosine exceeds 0.9995."
     )
 
 
@@ -41,5 +52,18 @@ METHODS = (
         kernel="merging.methods.linear:svd",
         auto_norm=1.2,
         notes="`output.rank: null` means the largest rank among the inputs, as in PEFT.",
+    ),
+    Method(
+        name="slerp",
+        title="Spherical interpolation",
+        summary="Move along the arc from the first task vector to the second.",
+        paper=Paper("Animating Rotation with Quaternion Curves", venue="SIGGRAPH 1985"),
+        contract=Contract(
+            min_models=2, max_models=2, spaces=("full", "knots", "core"), ordered=True, dense_inputs=True
+        ),
+        Params=SlerpParams,
+        kernel="merging.methods.slerp:slerp",
+        auto_norm=1.0,
+        notes="On task vectors, per module, the same in every space; exact, as concatenated factors.",
     ),
 )
