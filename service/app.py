@@ -10,12 +10,9 @@ from fastapi import FastAPI
 from merging import __version__
 from service import handlers, openapi
 from service.deps import Services
-from service.gates import HostGate, LengthGate
+from service.gates import BODY_LIMIT, HostGate, LengthGate
 from service.routers import events, health, merges, methods, models
 from service.settings import Settings
-
-BODY_LIMIT = 2 << 20
-"""Most bytes of a JSON body; uploads of files have their own limit."""
 
 
 def create_app(settings: Settings) -> FastAPI:
@@ -37,7 +34,6 @@ def create_app(settings: Settings) -> FastAPI:
         lifespan=lifespan,
         docs_url=None,
         redoc_url=None,
-        max_body_size=BODY_LIMIT,
         generate_unique_id_function=lambda route: route.name,
         redirect_slashes=False,
     )

@@ -9,6 +9,9 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from service.handlers import problem
 from service.settings import Settings, is_loopback
 
+BODY_LIMIT = 2 << 20
+"""Most bytes of a JSON body; uploads of files have their own limit."""
+
 
 def _header(scope: Scope, name: bytes) -> str:
     return next((value for key, value in scope["headers"] if key == name), b"").decode("latin-1")
@@ -47,7 +50,7 @@ class HostGate:
 class LengthGate:
     """A body that announces more than a document may have is refused; only uploads of files may have more.
 
-    Bodies without a length are counted while they stream.
+    Bodies without a length are counted while they stream, by the routes that read one.
     """
 
     def __init__(self, app: ASGIApp, limit: int) -> None:

@@ -12,6 +12,7 @@ from service.content import send
 from service.deps import Cursor, Limit, Services, ServicesDep, TenantDep
 from service.documents import MergeRecord, MergeState, result_key
 from service.errors import Conflict, NotFound
+from service.gates import BODY_LIMIT
 from service.names import MERGE_ID_PATTERN
 from service.registry import hide_folder
 from service.schemas.merges import Merge, MergePage, MergeRequest, MergeSummary
@@ -24,13 +25,13 @@ MergeId = Annotated[str, Path(description="Id of the merge", pattern=MERGE_ID_PA
 RecipeBody = Annotated[dict[str, Any], Body(description="A recipe")]
 
 
-@router.post("/plan")
+@router.post("/plan", max_body_size=BODY_LIMIT)
 def plan_merge(services: ServicesDep, tenant: TenantDep, body: RecipeBody) -> dict[str, Any]:
     """Check a recipe and estimate the work, without a job. No tensor is read beyond the headers."""
     return _plan(services, tenant, MergeRequest.read(body).recipe())[1]
 
 
-@router.post("", status_code=status.HTTP_202_ACCEPTED)
+@router.post("", status_code=status.HTTP_202_ACCEPTED, max_body_size=BODY_LIMIT)
 def create_merge(response: Response, services: ServicesDep, tenant: TenantDep, body: RecipeBody) -> Merge:
     """Queue a merge. The recipe is checked first, as `plan` does; its models are pinned to revisions."""
     asked = MergeRequest.read(body)

@@ -12,6 +12,7 @@ import pytest
 from adapters import write_adapter
 
 from service.client import Client
+from tests.redis_server import connection, jobs, redis_server, storage  # noqa: F401 (fixtures)
 from tests.running import Up, push
 
 

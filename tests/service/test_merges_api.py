@@ -163,7 +163,7 @@ BAD_RECIPES: list[tuple[dict[str, Any], str, str | None]] = [
     ({"output": {"rank": 0}}, "recipe_invalid_value", "/output/rank"),
     ({"output": {"rank": 4, "energy": 0.5}}, "recipe_invalid_value", "/output"),
     ({"seed": -1}, "recipe_invalid_value", "/seed"),
-    ({"merge_method": "svd", "space": "core"}, "space_not_supported", "/space"),
+    ({"merge_method": "core_space", "space": "knots"}, "space_not_supported", "/space"),
     ({"name": ""}, "recipe_invalid_value", "/name"),
 ]
 

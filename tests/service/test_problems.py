@@ -68,9 +68,12 @@ def test_a_body_without_a_content_type_is_not_taken_for_json(http: httpx.Client,
     check(http.post("/v1/merges", content=b'{"merge_method": "linear"}'), 422, "request_invalid")
 
 
-def test_a_body_that_is_too_large(http: httpx.Client) -> None:
-    answer = http.post("/v1/merges/plan", json={"name": "x" * (3 << 20)})
-    check(answer, 413, "too_large")
+@pytest.mark.parametrize("path", ["/v1/merges", "/v1/merges/plan"])
+def test_a_body_that_is_too_large(http: httpx.Client, path: str) -> None:
+    check(http.post(path, json={"name": "x" * (3 << 20)}), 413, "too_large")
+    chunks = iter([b" " * (1 << 20)] * 3)  # without a length
+    headers = {"Content-Type": "application/json"}
+    check(http.post(path, content=chunks, headers=headers), 413, "too_large")
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import pytest
 from adapters import write_adapter
 
 from service.client import Client
+from tests.redis_server import connection, jobs, redis_server, storage  # noqa: F401 (fixtures)
 from tests.running import Up, push
 
 MODULES = {f"layers.{i}.q_proj": (768 + 8 * i, 768) for i in range(12)}

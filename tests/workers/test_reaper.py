@@ -1,0 +1,116 @@
+"""What dead processes leave behind is found and freed."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import redis
+
+from service.broker import ACTIVE, QUEUES
+from service.jobs import Jobs
+from tests.redis_server import RECIPE, dequeue
+from workers import reaper
+from workers.worker import MergeWorker
+
+
+class Lost:
+    """A reaper whose patience is at its end at once."""
+
+    def __init__(self, connection: redis.Redis, jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(reaper, "PATIENCE_SECONDS", 0.0)
+        self.sweep = reaper.Reaper(connection, jobs).sweep
+
+
+@pytest.fixture
+def lost(connection: redis.Redis, jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> Lost:
+    return Lost(connection, jobs, monkeypatch)
+
+
+def test_a_job_that_nobody_started_goes_back(connection: redis.Redis, jobs: Jobs, lost: Lost) -> None:
+    merge = jobs.create("t", RECIPE)
+    assert dequeue(connection, QUEUES[0]) is not None
+    lost.sweep()
+    assert connection.lrange(f"rq:queue:{QUEUES[0]}", 0, -1) == [merge.id.encode()]
+    assert not connection.exists(f"rq:queue:{QUEUES[0]}:intermediate")
+
+
+def test_a_job_on_its_way_is_left_alone_for_a_while(connection: redis.Redis, jobs: Jobs) -> None:
+    jobs.create("t", RECIPE)
+    assert dequeue(connection, QUEUES[0]) is not None
+    patient = reaper.Reaper(connection, jobs)
+    patient.sweep()
+    patient.sweep()
+    assert connection.llen(f"rq:queue:{QUEUES[0]}:intermediate") == 1
+
+
+def started(connection: redis.Redis, name: str = "w") -> str:
+    worker = MergeWorker([QUEUES[0]], connection=connection, name=name)
+    found = dequeue(connection, QUEUES[0])
+    assert found is not None
+    worker.register_birth()
+    worker.prepare_execution(found[0])
+    worker.prepare_job_execution(found[0])
+    return str(found[0].id)
+
+
+def test_a_dead_worker_is_freed_at_once(connection: redis.Redis, jobs: Jobs) -> None:
+    jobs.create("t", RECIPE)
+    merge_id = started(connection)
+    reaper.Reaper(connection, jobs).free("w")
+    assert connection.lrange(f"rq:queue:{QUEUES[0]}", 0, -1) == [merge_id.encode()]
+    assert connection.smembers("rq:workers") == set()
+    assert not connection.keys("rq:worker:w*")
+    assert connection.hget(f"rq:job:{merge_id}", "retries_left") == b"4"
+
+
+def test_an_orderly_stop_does_not_count_as_a_failure(connection: redis.Redis, jobs: Jobs) -> None:
+    jobs.create("t", RECIPE)
+    for _ in range(10):
+        merge_id = started(connection)
+        reaper.Reaper(connection, jobs).free("w", blameless=True)
+        assert connection.hget(f"rq:job:{merge_id}", "retries_left") == b"5"
+
+
+def test_a_silent_worker_loses_its_job(connection: redis.Redis, jobs: Jobs) -> None:
+    jobs.create("t", RECIPE)
+    merge_id = started(connection)
+    patient = reaper.Reaper(connection, jobs)
+    patient.sweep()
+    assert connection.llen(f"rq:queue:{QUEUES[0]}") == 0
+    for member in connection.zrange("rq:wip:merges", 0, -1):
+        connection.zadd("rq:wip:merges", {member: time.time() - 1})
+    patient.sweep()
+    assert connection.lrange(f"rq:queue:{QUEUES[0]}", 0, -1) == [merge_id.encode()]
+
+
+def test_a_merge_that_kills_every_worker_fails(connection: redis.Redis, jobs: Jobs, lost: Lost) -> None:
+    merge = jobs.create("t", RECIPE)
+    for attempt in range(6):
+        started(connection)
+        jobs.claim("t", merge.id, f"attempt-{attempt}")
+        assert jobs.get("t", merge.id).state == "running"
+        reaper.Reaper(connection, jobs).free("w")
+    lost.sweep()
+    done = jobs.get("t", merge.id)
+    assert done.state == "failed"
+    assert done.error is not None
+    assert done.error["code"] == "worker_lost"
+    assert jobs.members(ACTIVE) == []
+
+
+def test_a_merge_whose_job_vanished_is_queued_again(connection: redis.Redis, jobs: Jobs, lost: Lost) -> None:
+    merge = jobs.create("t", RECIPE)
+    connection.delete(f"rq:queue:{QUEUES[0]}", f"rq:job:{merge.id}")
+    lost.sweep()
+    assert connection.lrange(f"rq:queue:{QUEUES[0]}", 0, -1) == [merge.id.encode()]
+    assert connection.exists(f"rq:job:{merge.id}")
+
+
+def test_many_reapers_put_a_job_back_once(connection: redis.Redis, jobs: Jobs, lost: Lost) -> None:
+    jobs.create("t", RECIPE)
+    assert dequeue(connection, QUEUES[0]) is not None
+    for _ in range(5):
+        reaper.Reaper(connection, jobs).sweep()
+        lost.sweep()
+    assert connection.llen(f"rq:queue:{QUEUES[0]}") == 1

@@ -1,0 +1,69 @@
+"""What the worker class changes in RQ: each of these fails without it."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import redis
+
+from service.broker import TASK
+from tests.redis_server import dequeue, queue
+from workers import environment as env
+from workers.worker import HEARTBEAT_SECONDS, MergeWorker
+
+
+@pytest.fixture
+def worker(connection: redis.Redis) -> MergeWorker:
+    return MergeWorker(["high", "low"], connection=connection, name="w")
+
+
+def test_a_job_is_given_up_after_seconds(worker: MergeWorker, connection: redis.Redis) -> None:
+    job = queue(connection, "high").enqueue_call(TASK, job_id="j", timeout=3600)
+    execution = worker.prepare_execution(job)
+    score = connection.zscore("rq:wip:high", execution.composite_key)
+    assert score is not None
+    assert score - time.time() <= HEARTBEAT_SECONDS
+
+
+def test_a_started_job_leaves_the_intermediate_list_of_any_queue(
+    worker: MergeWorker, connection: redis.Redis
+) -> None:
+    queue(connection, "low").enqueue_call(TASK, job_id="j")
+    found = dequeue(connection, "high", "low")
+    assert found is not None
+    worker.prepare_job_execution(found[0])
+    assert not connection.exists("rq:queue:low:intermediate")
+
+
+def test_an_outage_of_redis_does_not_end_the_worker(
+    worker: MergeWorker, connection: redis.Redis, tmp_path: Path
+) -> None:
+    job = queue(connection, "high").enqueue_call(TASK, job_id="j")
+    execution = worker.prepare_execution(job)
+    worker.connection = redis.Redis(unix_socket_path=str(tmp_path / "none.sock"), retry=None)
+    worker.maintain_heartbeats(job, execution)
+
+
+def test_no_secret_is_on_the_command_line_of_the_work_horse(
+    worker: MergeWorker, connection: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = queue(connection, "high").enqueue_call(TASK, job_id="j")
+    worker.prepare_execution(job)
+    monkeypatch.setenv("MERGANSER_REDIS_URL", "redis://:geheim@127.0.0.1:1/0")
+    seen: list[tuple[list[str], dict[str, str]]] = []
+
+    def spawn(path: str, command: list[str], environment: dict[str, str], **options: object) -> int:
+        seen.append((command, environment))
+        assert options == {"setpgroup": 0}
+        return 4711
+
+    monkeypatch.setattr(os, "posix_spawn", spawn)
+    worker.fork_work_horse(job, queue(connection, "high"))
+    command, environment = seen[0]
+    assert command == [sys.executable, "-m", "workers.horse"]
+    assert environment["RQ_JOB_ID"] == "j"
+    assert environment[env.WORKER_PID] == str(os.getpid())
