@@ -118,9 +118,10 @@ def _run(
 ) -> tuple[str, dict[str, Any], dict[str, str]]:
     recipe = prepared.recipe
     digests = tuple(adapter.digest for adapter in prepared.adapters)
-    digest = recipe.digest(dict(zip(prepared.labels, digests, strict=True)))
-    findings = Findings(prepared)
     method = prepared.resolved.method
+    ordered = method.contract.ordered
+    digest = recipe.digest(dict(zip(prepared.labels, digests, strict=True)), ordered=ordered)
+    findings = Findings(prepared)
     context = Context(
         params=prepared.resolved.params,
         per_model=prepared.resolved.per_model,

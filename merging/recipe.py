@@ -157,25 +157,27 @@ class Recipe(_Strict):
             self.model_dump(mode="json", exclude_none=False), sort_keys=False, allow_unicode=True
         )
 
-    def canonical(self, inputs: Mapping[str, str]) -> dict[str, Any]:
+    def canonical(self, inputs: Mapping[str, str], *, ordered: bool = False) -> dict[str, Any]:
         """The recipe with each model replaced by its content digest, models sorted.
 
         ``inputs`` maps the reference of each model to the digest of its content. Two recipes with equal
-        canonical forms describe the same result.
+        canonical forms describe the same result. ``ordered`` keeps the order of the models, for methods to
+        which it matters.
         """
         data = self.model_dump(mode="json")
-        data["models"] = sorted(
-            ({"digest": inputs[entry.model], "parameters": entry.parameters} for entry in self.models),
-            key=lambda entry: json.dumps(entry, sort_keys=True),
-        )
+        models = [{"digest": inputs[entry.model], "parameters": entry.parameters} for entry in self.models]
+        if not ordered:
+            models.sort(key=lambda entry: json.dumps(entry, sort_keys=True))
+        data["models"] = models
         if isinstance(self.modules_to_save, TakeFrom):
             take = self.modules_to_save.take
             data["modules_to_save"] = {"take": inputs.get(take, take)}
         return data
 
-    def digest(self, inputs: Mapping[str, str]) -> str:
+    def digest(self, inputs: Mapping[str, str], *, ordered: bool = False) -> str:
         """sha256 (hex) of the canonical form."""
-        text = json.dumps(self.canonical(inputs), sort_keys=True, separators=(",", ":"))
+        canonical = self.canonical(inputs, ordered=ordered)
+        text = json.dumps(canonical, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
 
 
