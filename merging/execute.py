@@ -92,16 +92,20 @@ def units(prepared: Prepared, device: torch.device) -> list[Batch]:
 
 def load_stack(prepared: Prepared, batch: Batch, device: torch.device) -> UpdateStack:
     """Read the factors of a batch; float32, or float64 where an input is stored so."""
-    B: list[Tensor] = []
-    A: list[Tensor] = []
-    dtype = torch.float32
-    pairs = [[prepared.adapters[task].factors(name) for name in batch.names] for task in batch.tasks]
-    if any(B.dtype == torch.float64 for row in pairs for B, _ in row):
-        dtype = torch.float64
-    for row in pairs:
-        B.append(torch.stack([B for B, _ in row]).to(device=device, dtype=dtype))
-        A.append(torch.stack([A for _, A in row]).to(device=device, dtype=dtype))
-    return UpdateStack(batch.names, batch.tasks, tuple(B), tuple(A))
+    stored = {prepared.adapters[task].modules[name].dtype for task in batch.tasks for name in batch.names}
+    dtype = torch.float64 if "F64" in stored else torch.float32
+    joined_B = torch.empty(len(batch.names), batch.m, batch.R, dtype=dtype)
+    joined_A = torch.empty(len(batch.names), batch.R, batch.n, dtype=dtype)
+    start = 0
+    for task, rank in zip(batch.tasks, batch.ranks, strict=True):
+        for g, name in enumerate(batch.names):
+            B, A = prepared.adapters[task].factors(name)
+            joined_B[g, :, start : start + rank] = B
+            joined_A[g, start : start + rank] = A
+        start += rank
+    return UpdateStack.of_joined(
+        batch.names, batch.tasks, batch.ranks, joined_B.to(device), joined_A.to(device)
+    )
 
 
 @dataclass(frozen=True)
@@ -189,9 +193,19 @@ class Runner:
         if rule.exact and self.prepared.resolved.method.name == "svd":
             rule = replace(rule, rank=max(batch.ranks))
         context = replace(self.context, rank=rule.ceiling if rule.energy is None else None)
-        merged = self.kernel.merge(self._ready(stack), context)
+        ready = self._ready(stack)
+        merged = self.kernel.merge(ready, context)
         done = compress(merged, rule, seed=context.seed, names=batch.names)
-        return outcomes(stack, done.update, done.ranks, done.discarded, seed=context.seed, sample=self.sample)
+        plain = ready is stack and done.update is merged.update
+        return outcomes(
+            stack,
+            done.update,
+            done.ranks,
+            done.discarded,
+            weights=merged.weights if plain else None,
+            seed=context.seed,
+            sample=self.sample,
+        )
 
     def _split(self, batch: Batch) -> list[Split]:
         stack = self._load(batch)
@@ -220,10 +234,17 @@ def _plain(value: Tensor) -> float | tuple[float, ...]:
 
 
 def outcomes(
-    stack: UpdateStack, update: LowRank, ranks: Tensor, discarded: Tensor, *, seed: int, sample: int = SAMPLE
+    stack: UpdateStack,
+    update: LowRank,
+    ranks: Tensor,
+    discarded: Tensor,
+    *,
+    seed: int,
+    weights: Tensor | None = None,
+    sample: int = SAMPLE,
 ) -> list[Outcome]:
-    """Cut a batch into modules and measure each against its inputs."""
-    measured = measure(stack, update, seed=seed, sample=sample)
+    """Cut a batch into modules and measure each against its inputs; ``weights`` as in :class:`Merged`."""
+    measured = measure(stack, update, weights=weights, seed=seed, sample=sample)
     B = None if update.B is None else update.B.cpu()
     A = None if update.A is None else update.A.cpu()
     found = []

@@ -55,11 +55,13 @@ class Context:
 class Merged:
     """The merged update of a batch: as factors, or as an SVD where the method has one anyway.
 
-    ``discarded (G,)`` is the squared Frobenius norm that a kernel threw away to meet ``ctx.rank``.
+    ``discarded (G,)`` is the squared Frobenius norm that a kernel threw away to meet ``ctx.rank``. ``weights
+    (T,)`` says that the update is exactly the sum of the tasks of the stack times them.
     """
 
     update: LowRank | ThinSVD
     discarded: Tensor | None = None
+    weights: Tensor | None = None
 
 
 class Kernel(Protocol):

@@ -20,8 +20,9 @@ from merging.updates import LowRank, UpdateStack
 
 def weighted_sum(stack: UpdateStack, ctx: Context) -> Merged:
     """The exact sum as concatenated factors. Raises ``zero_weight_sum`` if it cannot normalise."""
-    B, A = stack.scaled(_weights(stack, ctx)).joined()
-    return Merged(LowRank(B, A))
+    weights = _weights(stack, ctx)
+    B, A = stack.scaled(weights).joined()
+    return Merged(LowRank(B, A), weights=weights)
 
 
 def truncated_sum(stack: UpdateStack, ctx: Context) -> Merged:
