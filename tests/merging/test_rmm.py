@@ -273,3 +273,18 @@ def test_lambda_auto_is_refused() -> None:
     with pytest.raises(InputError) as caught:
         catalog.resolve(Recipe.load(recipe))
     assert caught.value.code == "invalid_parameter"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_a_cuda_device_gives_the_same_products(granularity: str) -> None:
+    generator = torch.Generator().manual_seed(9)
+    B = tuple(torch.randn(3, 300, 8, generator=generator) for _ in range(4))
+    A = tuple(torch.randn(3, 8, 200, generator=generator) for _ in range(4))
+    stack = UpdateStack(("a", "b", "c"), (0, 1, 2, 3), B, A)
+    there = UpdateStack(stack.names, stack.tasks, tuple(b.cuda() for b in B), tuple(a.cuda() for a in A))
+    one, other = (split(s, {"granularity": granularity}, []) for s in (stack, there))
+    for near, far in zip(one.updates, other.updates, strict=True):
+        assert far.any.is_cuda
+        assert_close(far.dense().cpu(), near.dense(), 1e-4)
+    assert torch.allclose(other.facts["recon_error"].cpu(), one.facts["recon_error"], rtol=1e-4)
