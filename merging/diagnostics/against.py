@@ -18,6 +18,7 @@ from merging.diagnostics.entries import Grid
 from merging.diagnostics.inputs import Joined
 from merging.diagnostics.spectra import NAN
 from merging.lowrank import inner, joint_frame, rank_for_energy, squared_norm, thin_svd
+from merging.spectral import NOISE
 from merging.updates import LowRank, UpdateStack
 
 ORTHOGONAL = 1e-5
@@ -65,6 +66,7 @@ def relate_merged(
     update has no singular values here (that would cost more than the merge), hence no alignment.
     """
     joined = joined or Joined.of(joint_frame(stack).cores)
+    update = LowRank(*(None if part is None else part.to(stack.like) for part in (update.B, update.A)))
     P = joined.P
     A_blocks = joined.right_gram * (P @ P.mT)
     input_rows = torch.cat(grid.B, 2).double()
@@ -81,6 +83,7 @@ def relate_merged(
         row_merged = ((merged_rows @ pair.right_gram) * merged_rows).sum(-1)
         row_products = merged_rows @ pair.right
         singular, vectors = _left_vectors(pair)
+        singular = torch.where(singular > _noise(pair, stack.like.dtype), singular, 0.0)
         energies = ((vectors @ A_blocks) * vectors) @ P
         squares = (joined.left_gram * A_blocks).sum(-1) @ P
         alignment, kept = _alignment(singular, energies, squares, rule)
@@ -136,6 +139,14 @@ def _left_vectors(pair: _Pair) -> tuple[Tensor, Tensor]:
         return S, vectors.take_along_dim(order.unsqueeze(-1), -2)
     svd = thin_svd(LowRank(pair.B, pair.A))
     return svd.S, svd.small.U.mT @ svd.columns.project(pair.Bs).double()
+
+
+def _noise(pair: _Pair, dtype: torch.dtype) -> Tensor:
+    """What rounding of the factors may have put into the singular values, ``(G, 1)``."""
+    left, right = (
+        gram.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True) for gram in (pair.left_gram, pair.right_gram)
+    )
+    return NOISE * torch.finfo(dtype).eps * (left * right).sqrt()
 
 
 def _orthogonal(gram: Tensor) -> bool:

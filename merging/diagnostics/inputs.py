@@ -86,7 +86,7 @@ def relate_inputs(stack: UpdateStack, joined: Joined | None = None) -> Inputs:
         whitening_columns=_smallest(U_gram, bases.values),
         whitening_rows=_smallest(V_gram, bases.values),
         average_error2=factor_average_error(joined, cores.ranks),
-        mean2=gram.mean((-2, -1)).clamp_min(0.0),
+        mean2=_mean_square(gram, rank_rtol(stack.like.dtype)),
     )
 
 
@@ -179,6 +179,12 @@ def _smallest(gram: Tensor, values: Tensor) -> Tensor:
     found = torch.linalg.eigvalsh(gram + torch.diag_embed((values == 0).to(gram)))
     low, high = found[..., 0], found[..., -1]
     return torch.where(low > POLAR_RTOL**2 * high, low, 0.0).sqrt().clamp_max(1.0)
+
+
+def _mean_square(gram: Tensor, rtol: float) -> Tensor:
+    """``|mean_t delta_t|^2``; zero where the updates cancel up to rounding."""
+    mean2 = gram.mean((-2, -1))
+    return torch.where(mean2 > rtol * gram.diagonal(dim1=-2, dim2=-1).mean(-1), mean2, 0.0)
 
 
 def _centred(gram: Tensor, tasks: int) -> Tensor:
