@@ -41,10 +41,10 @@ def isotropize(
     them with arbitrary vectors.
     """
     S = svd.S
-    support = S > (rank_rtol(svd.U.dtype) if rtol is None else rtol) * S[..., :1]
+    support = S > (rank_rtol(svd.dtype) if rtol is None else rtol) * S[..., :1]
     if floor is not None:
         support = support & (floor.unsqueeze(-1) < S)
-    return ThinSVD(svd.U, flat_spectrum(S, support, denominator), svd.Vh)
+    return svd.with_values(flat_spectrum(S, support, denominator))
 
 
 def flat_spectrum(S: Tensor, alive: Tensor, denominator: int | Tensor | None = None) -> Tensor:
@@ -261,9 +261,12 @@ def warn_of_overlap(stack: UpdateStack, found: Whitened, ctx: Context) -> None:
         )
 
 
-def lifted(frame: JointFrame, svd: ThinSVD, ctx: Context) -> Merged:
-    """An SVD in the coordinates of a frame as an SVD of the updates, cut to ``ctx.rank`` if that is set."""
+def lifted(frame: JointFrame, svd: ThinSVD, ctx: Context, dtype: torch.dtype | None = None) -> Merged:
+    """An SVD in the coordinates of a frame as an SVD of the updates, cut to ``ctx.rank`` if that is set.
+
+    The vectors come in ``dtype``, by default that of the frame.
+    """
     head = svd if ctx.rank is None else svd.head(ctx.rank)
-    left, right = frame.left, frame.right
-    update = ThinSVD(left @ head.U.to(left.dtype), head.S, head.Vh.to(right.dtype) @ right)
+    whole = frame.lift(head)
+    update = whole if dtype is None else ThinSVD(whole.U.to(dtype), whole.S, whole.Vh.to(dtype))
     return Merged(update, (svd.S[:, head.S.shape[-1] :] ** 2).sum(-1))

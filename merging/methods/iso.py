@@ -34,7 +34,6 @@ from merging.spectral import (
     noise_floors,
     task_triplets,
     triplets,
-    warn_of_overlap,
     weighted,
     whitened,
 )
@@ -103,7 +102,9 @@ def split_sizes(reach: Tensor, tasks: int, fraction: float) -> tuple[Tensor, Ten
 def merge_iso_cts(stack: UpdateStack, ctx: Context) -> Merged:
     """Iso-CTS of a batch; sizes are chosen per module, from the directions its models reach."""
     assert isinstance(ctx.params, IsoCtsParams)
-    scene = _scene(stack, ctx)
+    # The whitened directions are nearly dependent by construction: one may hang on the last digits of the
+    # factors, so that the frame is found in float64 whatever their dtype.
+    scene = _scene(stack.to(torch.float64), ctx)
     T, fraction = scene.cores.T, ctx.params.common_space_fraction
     parts = scene.parts()
     reach = core_dimension(parts)
@@ -114,9 +115,7 @@ def merge_iso_cts(stack: UpdateStack, ctx: Context) -> Merged:
     common = total.where(_first(total, k))
     stacked = join([common, *_residuals(scene, parts, common, s, most_s)])
     values = flat_spectrum(stacked.S, stacked.alive, _denominator(scene, ctx, reach))
-    found = whitened(stacked, values)
-    warn_of_overlap(stack, found, ctx)
-    return lifted(scene.frame, found.svd, ctx)
+    return lifted(scene.frame, whitened(stacked, values).svd, ctx, stack.like.dtype)
 
 
 def _residuals(scene: Scene, parts: list[Triplets], common: Triplets, s: Tensor, most: int) -> list[Triplets]:
