@@ -7,6 +7,7 @@ of their ranks. Modules of equal shape and ranks are batched in a leading dimens
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -142,9 +143,20 @@ class UpdateStack:
     def like(self) -> Tensor:
         return self.B[0]
 
+    @staticmethod
+    def of_joined(
+        names: tuple[str, ...], tasks: tuple[int, ...], ranks: Sequence[int], B: Tensor, A: Tensor
+    ) -> UpdateStack:
+        """A stack whose factors are views of ``B (G, m, R)`` and ``A (G, R, n)``; it keeps these."""
+        sizes = list(ranks)
+        stack = UpdateStack(names, tasks, torch.split(B, sizes, dim=2), torch.split(A, sizes, dim=1))
+        stack.__dict__["_joined"] = B, A
+        return stack
+
     def joined(self) -> tuple[Tensor, Tensor]:
-        """All factors side by side: ``(G, m, R)`` and ``(G, R, n)``."""
-        return torch.cat(self.B, dim=2), torch.cat(self.A, dim=1)
+        """All factors side by side: ``(G, m, R)`` and ``(G, R, n)``; not to be written to."""
+        known: tuple[Tensor, Tensor] | None = self.__dict__.get("_joined")
+        return known or (torch.cat(self.B, dim=2), torch.cat(self.A, dim=1))
 
     def split(self, joined: Tensor, dim: int) -> tuple[Tensor, ...]:
         """Cut a dimension of size ``R`` into the blocks of the tasks."""

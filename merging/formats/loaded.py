@@ -20,8 +20,6 @@ from merging.formats.tensors import TensorFile
 if TYPE_CHECKING:
     import torch
 
-FACTOR_DTYPES = ("F64", "F32", "F16", "BF16")
-
 
 @dataclass(frozen=True, slots=True)
 class Module:
@@ -30,7 +28,8 @@ class Module:
     For a linear layer m is out and n is in features, also where the base stores the transpose
     (``fan_in_fan_out``). For an embedding m is the width and n the vocabulary, and the base stores the
     transpose of the delta. For a convolution n = in * kh * kw. ``weight_shape`` is that of the base
-    weight as stored; ``key_A`` and ``key_B`` are the keys in the file.
+    weight as stored; ``key_A`` and ``key_B`` are the keys in the file. With a Tucker core ``key_mid``
+    (rank, rank, kh, kw) the stored A is a 1x1 convolution, and A is the core times it.
     """
 
     name: str
@@ -44,6 +43,7 @@ class Module:
     fan_in_fan_out: bool
     key_A: str  # noqa: N815
     key_B: str  # noqa: N815
+    key_mid: str | None = None
 
 
 class Adapter:
@@ -118,8 +118,8 @@ class Adapter:
         parts = []
         for key, factor in ((module.key_B, math.copysign(root, module.scale)), (module.key_A, root)):
             stored = self._weights.tensor(key)
-            part = stored.flatten(1).to(device=device, dtype=dtype)
-            parts.append((part if factor == 1.0 else part * factor).contiguous())
+            part = stored.flatten(1).to(device=device, dtype=dtype)  # ours alone, cast or not
+            parts.append(part if factor == 1.0 else part.mul_(factor))
             self._check_finite(parts[-1], key, module.name)
         return parts[0], parts[1]
 
