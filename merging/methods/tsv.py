@@ -31,6 +31,9 @@ from merging.spectral import (
 )
 from merging.updates import UpdateStack
 
+CROWDED = 0.9
+"""Above this share of the smaller side even unrelated directions are nearly dependent."""
+
 
 def kept_ranks(ranks: Sequence[int], wanted: Sequence[int | None], size: int) -> list[int]:
     """``k_t`` per task: ``wanted[t]``, or all of ``ranks[t]``, cut evenly so that they fit into ``size``.
@@ -55,7 +58,8 @@ def merge_tsv(stack: UpdateStack, ctx: Context) -> Merged:
     parts = task_triplets(frame.cores, noise_floors(frame.cores, dtype), dtype)
     chosen = [part.head(k).scaled(w) for part, k, w in zip(parts, keep, weights, strict=True)]
     found = whitened(join(chosen))
-    warn_of_overlap(stack, found, ctx)
+    if sum(keep) <= CROWDED * min(stack.m, stack.n):
+        warn_of_overlap(stack, found, ctx)
     svd = found.svd
     if isinstance(ctx.params, TsvParams) and ctx.params.isotropize:
         svd = isotropize(svd, rtol=rank_rtol(dtype))
