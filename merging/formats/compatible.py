@@ -8,9 +8,10 @@ from types import MappingProxyType
 from typing import Literal, Protocol
 
 from merging.errors import InputError
-from merging.formats.loaded import FACTOR_DTYPES, Adapter, Module
+from merging.formats.loaded import Adapter, Module
 from merging.formats.peft_config import AdapterConfig
 from merging.formats.peft_in import HEADS
+from merging.formats.shapes import FACTOR_DTYPES
 
 _SHOWN = 10
 

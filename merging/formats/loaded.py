@@ -119,6 +119,10 @@ class Adapter:
         for key, factor in ((module.key_B, math.copysign(root, module.scale)), (module.key_A, root)):
             stored = self._weights.tensor(key)
             part = stored.flatten(1).to(device=device, dtype=dtype)  # ours alone, cast or not
+            if key == module.key_A and module.key_mid is not None:
+                # delta = up[o,s] mid[s,t,h,w] down[t,i]: the core folds into A, (r, in * kh * kw)
+                mid = self._weights.tensor(module.key_mid).to(device=device, dtype=dtype)
+                part = torch.einsum("sthw,ti->sihw", mid, part).flatten(1)
             parts.append(part if factor == 1.0 else part.mul_(factor))
             self._check_finite(parts[-1], key, module.name)
         return parts[0], parts[1]

@@ -151,7 +151,11 @@ def parse_adapter_config(data: bytes, *, file: str = "adapter_config.json") -> A
     ``config_field`` (a wrong type or value), ``unknown_config_field``, ``peft_type_unsupported`` or the
     code of a feature that cannot be merged.
     """
-    raw = _load(data, file)
+    return check_adapter_config(load_json(data, file), file=file)
+
+
+def check_adapter_config(raw: Mapping[str, Any], *, file: str) -> AdapterConfig:
+    """Check the fields of a configuration that is parsed already; raises as :func:`parse_adapter_config`."""
     kind = raw.get("peft_type")
     if kind != "LORA":
         shown = "none" if kind is None else str(kind)[:80]
@@ -188,7 +192,8 @@ def parse_adapter_config(data: bytes, *, file: str = "adapter_config.json") -> A
     return config
 
 
-def _load(data: bytes, file: str) -> dict[str, Any]:
+def load_json(data: bytes, file: str) -> dict[str, Any]:
+    """An untrusted JSON object with unique keys and finite numbers, or a ``config_*`` error."""
     if len(data) > MAX_CONFIG_BYTES:
         _fail("config_too_large", file, None, f"{len(data)} bytes, the limit is {MAX_CONFIG_BYTES}")
 

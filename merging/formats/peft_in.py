@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from typing import NoReturn
 
-from merging.errors import InputError
-from merging.formats.guard import Header, TensorInfo
-from merging.formats.loaded import FACTOR_DTYPES, Adapter, Module
+from merging.formats.guard import Header
+from merging.formats.loaded import Adapter, Module
 from merging.formats.peft_config import AdapterConfig, parse_adapter_config
 from merging.formats.peft_keys import ParsedKey, Role, config_path, is_lora_key, parse_key
+from merging.formats.shapes import Shapes, common_dtype, fail
 from merging.formats.source import CONFIG_NAME, Source
 from merging.formats.tensors import TensorFile
 
@@ -22,9 +22,9 @@ HEADS: Mapping[str, tuple[str, ...]] = {
 }
 
 
-def recognises(tensors: Mapping[str, TensorInfo]) -> bool:
+def recognises(source: Source, header: Header) -> bool:
     """Whether any tensor is named like a LoRA factor of PEFT."""
-    return any(is_lora_key(key) for key in tensors)
+    return any(is_lora_key(key) for key in header.tensors)
 
 
 def read(source: Source, header: Header, label: str) -> Adapter:
@@ -33,16 +33,13 @@ def read(source: Source, header: Header, label: str) -> Adapter:
     Raises :class:`InputError`: ``adapter_config_missing``, ``several_adapters``, ``duplicate_module``,
     ``incomplete_pair``, ``empty_shard``, ``factor_shape``, ``rank_mismatch``, ``factor_dtype``,
     ``grouped_conv_unsupported``, ``conv_unsupported``, ``bias_unsupported``, ``unknown_tensor``,
-    ``target_parameters_unsupported``, and the codes of the configuration.
+    ``target_parameters_unsupported``, ``tucker_unsupported``, and the codes of the configuration.
     """
     file = source.weights.name
     if source.config is None:
-        raise InputError(
-            "adapter_config_missing",
-            f"{file} is a PEFT adapter without its {CONFIG_NAME}, which alone states alpha",
-            remedy=f"Put {CONFIG_NAME} beside it and give the folder",
-            where={"file": file},
-        )
+        fail("adapter_config_missing", file, None,
+             f"is a PEFT adapter without its {CONFIG_NAME}, which alone states alpha",
+             remedy=f"Put {CONFIG_NAME} beside it and give the folder")  # fmt: skip
     config = parse_adapter_config(source.config, file=CONFIG_NAME)
     pairs, full, notes = _sort_keys(header, file)
     reader = _Reader(file, header, config)
@@ -90,33 +87,34 @@ def _sort_keys(header: Header, file: str) -> tuple[dict[str, dict[Role, str]], d
     names: dict[str | None, str] = {}
     fragments: dict[str, int] = {}
     for key in header.tensors:
+        if ".lora_mid." in key:
+            fail("tucker_unsupported", file, key, f"holds {key}, a Tucker core, which PEFT does not know")
         parsed: ParsedKey = parse_key(key)
         if parsed.stripped:
             fragments[parsed.stripped] = fragments.get(parsed.stripped, 0) + 1
         if parsed.role is None:
             if parsed.path in full:
-                _fail("duplicate_module", file, parsed.path, "is stored under two keys")
+                fail("duplicate_module", file, parsed.path, "is stored under two keys")
             full[parsed.path] = key
             continue
         names.setdefault(parsed.adapter_name, key)
         roles = pairs.setdefault(parsed.path, {})
         if len(names) > 1:
             shown = " and ".join(f"{name or '(none)'} in {key}" for name, key in names.items())
-            _fail("several_adapters", file, None, f"holds more than one adapter: {shown}",
-                  remedy="Save one adapter per file")  # fmt: skip
+            fail("several_adapters", file, None, f"holds more than one adapter: {shown}",
+                 remedy="Save one adapter per file")  # fmt: skip
         if parsed.role in roles:
-            _fail("duplicate_module", file, parsed.path, "is stored under two keys")
+            fail("duplicate_module", file, parsed.path, "is stored under two keys")
         roles[parsed.role] = key
     notes = [f"'{name}.' was removed from {count} keys" for name, count in fragments.items()]
     return pairs, full, notes
 
 
-class _Reader:
+class _Reader(Shapes):
     """Shapes, ranks and scales of one file."""
 
     def __init__(self, file: str, header: Header, config: AdapterConfig) -> None:
-        self.file = file
-        self.header = header
+        super().__init__(file, header.tensors)
         self.config = config
 
     def module(self, name: str, roles: Mapping[Role, str]) -> Module:
@@ -130,19 +128,13 @@ class _Reader:
             self.fail("incomplete_pair", name, "has " + ", ".join(f"lora_{r}" for r in roles)
                       + f" but needs exactly lora_{expected[0]} and lora_{expected[1]}")  # fmt: skip
         key_A, key_B = roles[expected[0]], roles[expected[1]]
-        info_A, info_B = self.header.tensors[key_A], self.header.tensors[key_B]
-        for key, info in ((key_A, info_A), (key_B, info_B)):
-            if len(info.shape) < 2 or 0 in info.shape:
-                self.fail("empty_shard", name, f"has {key} of shape {info.shape}",
-                          remedy="DeepSpeed ZeRO-3 or FSDP shards were saved without gathering them; "
-                          "gather the full parameters before save_pretrained")  # fmt: skip
-            if info.dtype not in FACTOR_DTYPES:
-                self.fail("factor_dtype", name, f"has {key} of dtype {info.dtype}; "
-                          "F64, F32, F16 and BF16 are accepted")  # fmt: skip
+        info_A, info_B = self.factor(name, key_A), self.factor(name, key_B)
         if embedding or len(info_A.shape) == len(info_B.shape) == 2:
-            m, n, rank, shape = self._linear(name, info_A.shape, info_B.shape, embedding)
+            m, n, rank = self.linear(name, info_A.shape, info_B.shape)
+            shape: tuple[int, ...] = (n, m) if embedding or self.config.fan_in_fan_out else (m, n)
         else:
-            m, n, rank, shape = self._conv(name, info_A.shape, info_B.shape)
+            rank, shape = self.conv(name, info_A.shape, info_B.shape)
+            m, n = shape[0], math.prod(shape[1:])
         path = config_path(name)
         stated = self.config.rank_of(path)
         if stated != rank:
@@ -156,38 +148,12 @@ class _Reader:
             n=n,
             rank=rank,
             scale=self.config.scale_of(path),
-            dtype=_common_dtype(info_A.dtype, info_B.dtype),
+            dtype=common_dtype(info_A.dtype, info_B.dtype),
             weight_shape=shape,
             fan_in_fan_out=self.config.fan_in_fan_out and len(shape) == 2 and not embedding,
             key_A=key_A,
             key_B=key_B,
         )
-
-    def _linear(
-        self, name: str, shape_A: tuple[int, ...], shape_B: tuple[int, ...], embedding: bool
-    ) -> tuple[int, int, int, tuple[int, ...]]:
-        if len(shape_A) != 2 or len(shape_B) != 2 or shape_A[0] != shape_B[1]:
-            self.fail("factor_shape", name, f"has A {shape_A} and B {shape_B}, which do not multiply")
-        m, n = shape_B[0], shape_A[1]
-        transposed = embedding or self.config.fan_in_fan_out
-        return m, n, shape_A[0], (n, m) if transposed else (m, n)
-
-    def _conv(
-        self, name: str, shape_A: tuple[int, ...], shape_B: tuple[int, ...]
-    ) -> tuple[int, int, int, tuple[int, ...]]:
-        if len(shape_A) != len(shape_B) or set(shape_B[2:]) != {1}:
-            self.fail("factor_shape", name, f"has A {shape_A} and B {shape_B}, which do not multiply")
-        if len(shape_A) != 4:
-            self.fail("conv_unsupported", name, f"is a {len(shape_A) - 2}-dimensional convolution; "
-                      "two-dimensional ones are supported")  # fmt: skip
-        rank, groups = shape_A[0], shape_A[0] // shape_B[1]
-        if rank != shape_B[1]:
-            if groups > 1 and groups * shape_B[1] == rank:
-                self.fail("grouped_conv_unsupported", name, f"is a convolution with {groups} groups, "
-                          "whose update is not one low-rank matrix")  # fmt: skip
-            self.fail("factor_shape", name, f"has A {shape_A} and B {shape_B}, which do not multiply")
-        _, inputs, height, width = shape_A
-        return shape_B[0], inputs * height * width, rank, (shape_B[0], inputs, height, width)
 
     def check_full(self, full: Mapping[str, str]) -> None:
         """Every other tensor must be one that the configuration explains."""
@@ -200,7 +166,7 @@ class _Reader:
         for name, key in full.items():
             dotted = f".{name}"
             if any(f".{module}." in dotted for module in saved):
-                if 0 in self.header.tensors[key].shape:
+                if 0 in self.tensors[key].shape:
                     self.fail("empty_shard", name, "is empty",
                               remedy="Gather the full parameters before save_pretrained")  # fmt: skip
             elif name.endswith(".bias") and self.config.bias != "none":
@@ -211,29 +177,6 @@ class _Reader:
                 unknown.append(key)
         if unknown:
             shown = ", ".join(unknown[:10])
-            _fail("unknown_tensor", self.file, unknown[0], f"holds {len(unknown)} tensors that "
-                  f"{CONFIG_NAME} does not explain: {shown}",
-                  remedy="Name their modules in modules_to_save, or remove them")  # fmt: skip
-
-    def fail(self, code: str, name: str, what: str, *, remedy: str | None = None) -> NoReturn:
-        """Refuse the file because of a module."""
-        _fail(code, self.file, name, what, remedy=remedy, subject=f"{self.file}: module {name}")
-
-
-def _common_dtype(a: str, b: str) -> str:
-    if a == b:
-        return a
-    return "F64" if "F64" in (a, b) else "F32"
-
-
-def _fail(
-    code: str,
-    file: str,
-    module: str | None,
-    what: str,
-    *,
-    remedy: str | None = None,
-    subject: str | None = None,
-) -> NoReturn:
-    where = {"file": file} | ({"module": module} if module else {})
-    raise InputError(code, f"{subject or file} {what}", remedy=remedy, where=where)
+            fail("unknown_tensor", self.file, unknown[0], f"holds {len(unknown)} tensors that "
+                 f"{CONFIG_NAME} does not explain: {shown}",
+                 remedy="Name their modules in modules_to_save, or remove them")  # fmt: skip

@@ -13,6 +13,7 @@ from merging.formats.sniff import PICKLE_SUFFIXES
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
+DIFFUSERS_NAME = "pytorch_lora_weights.safetensors"
 _MAX_ENTRIES = 1_000
 
 
@@ -24,6 +25,14 @@ class Source:
     weights: Path
     config: bytes | None
     notes: tuple[str, ...] = ()
+    single: bool = False
+
+    @property
+    def label(self) -> str:
+        """A name for messages: that of the folder, or of a single file."""
+        if self.single:
+            return self.weights.stem
+        return self.folder.resolve().name
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -47,7 +56,7 @@ def locate(path: str | Path) -> Source:
     if path.suffix == ".safetensors":
         if path.name == WEIGHTS_NAME and (path.parent / CONFIG_NAME).is_file():
             return _from_folder(path.parent)
-        return Source(path.parent, path, None)
+        return Source(path.parent, path, None, single=True)
     if path.suffix in PICKLE_SUFFIXES:
         raise _pickle(path)
     raise _error("adapter_not_found", path, "is neither a folder nor a .safetensors file")
@@ -56,7 +65,10 @@ def locate(path: str | Path) -> Source:
 def _from_folder(folder: Path) -> Source:
     config = folder / CONFIG_NAME
     if not os.path.lexists(config):
-        folder = _one_below(folder)
+        below = _one_below(folder)
+        if below is None:
+            return _image_file(folder)
+        folder = below
         config = folder / CONFIG_NAME
     weights = folder / WEIGHTS_NAME
     data = _read_config(folder, config)
@@ -70,7 +82,24 @@ def _from_folder(folder: Path) -> Source:
     return Source(folder, weights, data, notes)
 
 
-def _one_below(folder: Path) -> Path:
+def _image_file(folder: Path) -> Source:
+    """A folder without a configuration may hold one file of another family than PEFT's."""
+    names = _names(folder)
+    files = [name for name in names if name.endswith(".safetensors")]
+    if WEIGHTS_NAME in files or not files:
+        raise _error("adapter_config_missing", folder, f"has no {CONFIG_NAME}",
+              remedy="It states the rank and alpha, without which the weights have no scale")  # fmt: skip
+    name = DIFFUSERS_NAME if DIFFUSERS_NAME in files else files[0]
+    if len(files) > 1 and name != DIFFUSERS_NAME:
+        raise _error("several_adapters", folder, f"holds several files ({', '.join(files[:10])})",
+              remedy="Name one of them")  # fmt: skip
+    weights = folder / name
+    _check_inside(folder, weights)
+    return Source(folder, weights, None)
+
+
+def _one_below(folder: Path) -> Path | None:
+    """The only sub-folder with a configuration, or None if there is no such folder."""
     names = _names(folder)
     below = [
         folder / name
@@ -86,10 +115,9 @@ def _one_below(folder: Path) -> Path:
         raise _error("several_adapters", folder, f"holds several adapters ({shown})",
               remedy="Name the folder of one of them")  # fmt: skip
     pickles = [name for name in names if Path(name).suffix in PICKLE_SUFFIXES]
-    if pickles and WEIGHTS_NAME not in names:
+    if pickles and not any(name.endswith(".safetensors") for name in names):
         raise _pickle(folder / pickles[0])
-    raise _error("adapter_config_missing", folder, f"has no {CONFIG_NAME}",
-          remedy="It states the rank and alpha, without which the weights have no scale")  # fmt: skip
+    return None
 
 
 def _names(folder: Path) -> list[str]:

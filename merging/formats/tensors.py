@@ -7,7 +7,9 @@ still be the one that it checked.
 
 from __future__ import annotations
 
+import math
 import os
+import struct
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -25,6 +27,10 @@ TORCH_NAMES = {
     "BOOL": "bool",
 }  # fmt: skip
 """The torch dtype (by name) of each safetensors dtype."""
+_STRUCT_CODES = {
+    "F64": "d", "F32": "f", "F16": "e", "I64": "q", "I32": "i", "I16": "h", "I8": "b",
+    "U64": "Q", "U32": "I", "U16": "H", "U8": "B",
+}  # fmt: skip
 
 
 class TensorFile:
@@ -52,6 +58,20 @@ class TensorFile:
         data = bytearray(info.end - info.begin)
         self._read_into(memoryview(data), info)
         return bytes(data)
+
+    def number(self, key: str) -> float:
+        """The value of a tensor of one element; needs no torch. Raises :class:`ValueError` for others."""
+        info = self.header.tensors[key]
+        if math.prod(info.shape) != 1 or len(info.shape) > 1:
+            raise ValueError(f"a tensor of shape {info.shape}")
+        data = self.raw(key)
+        if info.dtype == "BF16":  # the upper half of a float32
+            data, code = bytes(2) + data, "f"
+        elif info.dtype in _STRUCT_CODES:
+            code = _STRUCT_CODES[info.dtype]
+        else:
+            raise ValueError(f"a tensor of dtype {info.dtype}")
+        return float(struct.unpack("<" + code, data)[0])
 
     def close(self) -> None:
         """Close the file; a later read opens it again."""
