@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections import Counter
+from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,8 @@ def add_command(commands: Any) -> None:
     inspect = commands.add_parser(
         "inspect",
         help="show what an adapter holds",
-        description="Show format, ranks, scales, modules and warnings of an adapter.",
+        description="Show format, ranks, scales, modules and warnings of an adapter; of several, also how "
+        "their updates relate to each other, which reads the tensors.",
     )
     inspect.add_argument("paths", type=Path, nargs="+", metavar="PATH", help="adapter directory")
     inspect.add_argument("--json", action="store_true", help="print JSON")
@@ -35,10 +37,17 @@ def _inspect(args: argparse.Namespace) -> int:
             described.append(describe(adapter))
         finally:
             adapter.close()
+    if len(described) == 1:
+        print_json(described[0]) if args.json else say(_text(described[0]))
+        return 0
+
+    from merging.comparing import compare
+
+    compared = compare(args.paths)
     if args.json:
-        print_json(described[0] if len(described) == 1 else described)
+        print_json({"adapters": described, "comparison": compared})
     else:
-        say("\n\n".join(_text(data) for data in described))
+        say("\n\n".join([*(_text(data) for data in described), _comparison_text(compared)]))
     return 0
 
 
@@ -105,3 +114,25 @@ def _text(data: dict[str, Any]) -> str:
     lines += [f"full tensor: {key}" for key in data["full_tensors"]]
     lines += [f"warning: {warning}" for warning in data["warnings"]]
     return "\n".join(lines)
+
+
+def _comparison_text(compared: dict[str, Any]) -> str:
+    summary = compared["summary"]
+    names = [entry["model"] for entry in compared["models"]]
+    keys = ("cosine", "row_overlap", "column_overlap", "sign_conflict_pairs")
+    rows = [
+        (names[i], names[j], *(_figure(summary[key][i][j]) for key in keys))
+        for i, j in combinations(range(len(names)), 2)
+    ]
+    lines = [
+        columns(rows, ("MODEL", "MODEL", "COSINE", "ROW OVERLAP", "COLUMN OVERLAP", "SIGN CONFLICT")),
+        "",
+        f"norm imbalance   {_figure(summary['norm_imbalance'])} (largest norm over smallest)",
+        f"cancellation     {_figure(summary['cancellation'])} (lost when the updates are added)",
+        f"factor average   {_figure(summary['factor_average_error'])} (relative error of averaging B and A)",
+    ]
+    return "\n".join(lines)
+
+
+def _figure(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"

@@ -215,6 +215,30 @@ def test_inspect_json_describes_every_module(examples_dir: Path, capsys: pytest.
     assert data["parameters"] == sum(m["rank"] * (m["m"] + m["n"]) for m in data["modules"])
 
 
+def test_inspect_of_several_relates_every_pair(
+    examples_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = ("icd", "langid", "supersense")
+    assert cli.main(["inspect", *(str(examples_dir / "adapters" / name) for name in names), "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert [Path(adapter["path"]).name for adapter in data["adapters"]] == list(names)
+    cosine = data["comparison"]["summary"]["cosine"]
+    assert [cosine[i][i] for i in range(3)] == [1.0, 1.0, 1.0]
+    assert cosine[0][1] == cosine[1][0]
+
+
+def test_inspect_of_several_has_one_line_per_pair(
+    examples_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folders = [str(examples_dir / "adapters" / name) for name in ("icd", "langid", "supersense")]
+    assert cli.main(["inspect", *folders]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    header = next(i for i, line in enumerate(lines) if line.startswith("MODEL  ") and "COSINE" in line)
+    pairs = [tuple(line.split()[:2]) for line in lines[header + 1 : header + 4]]
+    assert pairs == [(folders[0], folders[1]), (folders[0], folders[2]), (folders[1], folders[2])]
+    assert lines[header + 4] == ""
+
+
 def test_inspect_refuses_what_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["inspect", str(tmp_path / "absent")]) == 2
     assert error_line(capsys).endswith("[adapter_not_found]")
