@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 
 from merging.compress import RankRule, compress
-from merging.diagnostics import SAMPLE, Facts, measure
+from merging.diagnostics import SAMPLE, measure
 from merging.kernels import Context, Kernel, Merged, MultiKernel
 from merging.lowrank import squared_norm
+from merging.outcomes import Outcome, Split, outcomes
 from merging.planning import Batch, Prepared
 from merging.spaces import balance
 from merging.updates import LowRank, UpdateStack
@@ -34,43 +35,6 @@ CPU_BATCH_NUMBERS = 1 << 21
 """Factor entries per batch on a CPU, where batching saves only call overhead."""
 
 CUDA_BATCH_NUMBERS = 1 << 28
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """The merged update of one module and how it relates to the inputs.
-
-    ``B (m, r)`` and ``A (r, n)`` are on the CPU, unscaled by ``lambda``; ``None`` stands for an identity.
-    ``input_norms``, ``inner`` (with the merged update) are per task of ``tasks``, in float64. ``facts`` holds
-    the diagnostics.
-    """
-
-    name: str
-    tasks: tuple[int, ...]
-    ranks: tuple[int, ...]
-    m: int
-    n: int
-    rank: int
-    B: Tensor | None
-    A: Tensor | None
-    norm: float
-    discarded: float
-    input_norms: tuple[float, ...]
-    inner: tuple[float, ...]
-    facts: Facts
-
-
-@dataclass(frozen=True)
-class Split:
-    """A module of a multi-output merge: one outcome per task, and what is kept beside the adapters.
-
-    ``facts`` are numbers of the module; those per task stand in a tuple in the order of ``outcomes``.
-    """
-
-    name: str
-    outcomes: tuple[Outcome, ...]
-    artefact: dict[str, Tensor]
-    facts: dict[str, float | tuple[float, ...]]
 
 
 def units(prepared: Prepared, device: torch.device) -> list[Batch]:
@@ -218,12 +182,14 @@ class Runner:
             columns.append(outcomes(alone, cut.update, cut.ranks, cut.discarded, seed=self.context.seed))
         artefact = {key: tensor.cpu() for key, tensor in done.artefact.items()}
         facts = {key: tensor.double().cpu() for key, tensor in done.facts.items()}
+        inputs = measure(stack, None, seed=self.context.seed, sample=self.sample)
         return [
             Split(
                 name,
                 tuple(column[g] for column in columns),
                 {key: tensor[g] for key, tensor in artefact.items()},
                 {key: _plain(tensor[g]) for key, tensor in facts.items()},
+                inputs[g],
             )
             for g, name in enumerate(stack.names)
         ]
@@ -231,44 +197,6 @@ class Runner:
 
 def _plain(value: Tensor) -> float | tuple[float, ...]:
     return float(value) if value.ndim == 0 else tuple(float(x) for x in value)
-
-
-def outcomes(
-    stack: UpdateStack,
-    update: LowRank,
-    ranks: Tensor,
-    discarded: Tensor,
-    *,
-    seed: int,
-    weights: Tensor | None = None,
-    sample: int = SAMPLE,
-) -> list[Outcome]:
-    """Cut a batch into modules and measure each against its inputs; ``weights`` as in :class:`Merged`."""
-    measured = measure(stack, update, weights=weights, seed=seed, sample=sample)
-    B = None if update.B is None else update.B.cpu()
-    A = None if update.A is None else update.A.cpu()
-    found = []
-    for g, (name, facts) in enumerate(zip(stack.names, measured, strict=True)):
-        rank = int(ranks[g])
-        assert facts.merged is not None
-        found.append(
-            Outcome(
-                name=name,
-                tasks=stack.tasks,
-                ranks=stack.ranks,
-                m=stack.m,
-                n=stack.n,
-                rank=rank,
-                B=None if B is None else B[g, :, :rank],
-                A=None if A is None else A[g, :rank],
-                norm=float(facts.merged.norm2.sqrt()),
-                discarded=float(discarded[g]),
-                input_norms=tuple(facts.inputs.gram.diagonal().clamp_min(0.0).sqrt().tolist()),
-                inner=tuple(facts.merged.products.tolist()),
-                facts=facts,
-            )
-        )
-    return found
 
 
 def in_order(

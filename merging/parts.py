@@ -10,6 +10,8 @@ from typing import Any
 
 from merging.basis_file import METADATA_KEY, describe
 from merging.card import model_card
+from merging.diagnostics.telling import Measured, module_data
+from merging.diagnostics.whole import whole_model
 from merging.execute import Runner
 from merging.formats.writer import TensorSpec, write_safetensors
 from merging.planning import Prepared
@@ -48,6 +50,7 @@ def write_parts(
     parts = [Findings(prepared, (task,)) for task in range(len(names))]
     kept: dict[str, tuple[str, ...]] = {}
     facts: dict[str, dict[str, Any]] = {}
+    measured: dict[str, Measured] = {}
     for split in runner.splits(tick):
         for outcome in split.outcomes:
             task = outcome.tasks[0]
@@ -59,6 +62,8 @@ def write_parts(
         facts[split.name] = {
             key: list(value) if isinstance(value, tuple) else value for key, value in split.facts.items()
         }
+        tasks = tuple(outcome.tasks[0] for outcome in split.outcomes)
+        measured[split.name] = Measured(tasks, split.outcomes[0].m, split.outcomes[0].n, split.inputs)
     files: dict[str, str] = {}
     reports = {}
     for name, part in zip(names, parts, strict=True):
@@ -68,7 +73,7 @@ def write_parts(
         (folder / name).mkdir()
         written = write_result(folder / name, part, spool, reports[name], task=name)
         files.update({f"{name}/{file}": sha for file, sha in written.items()})
-    report = _whole(findings, digest, runner.device.type, reports, facts)
+    report = _whole(findings, digest, runner.device.type, reports, facts, measured)
     if any(kept.values()):
         files[ARTEFACT_NAME] = _write_artefact(folder, kept, spool, report, prepared)
     recipe = prepared.recipe
@@ -85,8 +90,12 @@ def _whole(
     device: str,
     reports: dict[str, dict[str, Any]],
     facts: dict[str, dict[str, Any]],
+    measured: dict[str, Measured],
 ) -> dict[str, Any]:
-    """The report of all parts: their summaries, and the method's own figures per module."""
+    """The report of all parts: their summaries, the method's own figures per module, and the diagnostics of
+    the inputs.
+    """
+    measured = dict(sorted(measured.items()))
     summaries = {name: report["summary"] for name, report in reports.items()}
     report = build_report(findings, digest, device)
     report["summary"] = {
@@ -95,9 +104,12 @@ def _whole(
         "max_rank": max(summary["max_rank"] for summary in summaries.values()),
         "discarded_energy": max(summary["discarded_energy"] for summary in summaries.values()),
         "inputs": [summary["inputs"][0] for summary in summaries.values()],
+        "diagnostics": whole_model(list(measured.values()), len(reports)).summary,
     }
     report["tasks"] = summaries
-    report["modules"] = dict(sorted(facts.items()))
+    report["modules"] = {
+        name: {**facts[name], "diagnostics": module_data(module)} for name, module in measured.items()
+    }
     return report
 
 

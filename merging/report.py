@@ -9,7 +9,7 @@ from typing import Any
 from merging.catalog.spec import MethodParams
 from merging.diagnostics.telling import Measured, inputs_data, module_data
 from merging.diagnostics.whole import whole_model
-from merging.execute import Outcome
+from merging.outcomes import Outcome
 from merging.planning import Prepared
 
 
