@@ -13,5 +13,5 @@ def configure(level: int = logging.INFO) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.WARNING)
-    for name in ("merganser", "rq.worker"):
-        logging.getLogger(name).setLevel(level)
+    logging.getLogger("merganser").setLevel(level)
+    logging.getLogger("rq.worker").setLevel(logging.WARNING)

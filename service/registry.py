@@ -13,7 +13,7 @@ from typing import Any
 
 import redis
 
-from merging.errors import MergeError
+from merging.errors import MergeError, MergeFailure
 from service.broker import models_key, revisions_key, staging_key, text
 from service.clock import millis, now
 from service.documents import FileEntry, Manifest, manifest_key, revision_of
@@ -166,7 +166,15 @@ class Registry:
 
     def _place(self, tenant: str, files: tuple[FileEntry, ...], folder: Path) -> None:
         for entry in files:
-            self._storage.fetch(blob_key(tenant, entry.sha256), folder / entry.path)
+            try:
+                self._storage.fetch(blob_key(tenant, entry.sha256), folder / entry.path)
+            except FileNotFoundError as error:
+                raise MergeFailure(
+                    "content_missing",
+                    f"the content of {entry.path} is gone from the storage",
+                    remedy="Upload the file again",
+                    where={"file": entry.path},
+                ) from error
 
     def _newest(self, tenant: str, model: str) -> Manifest | None:
         found = self._redis.zrevrange(revisions_key(tenant, model), 0, 0)

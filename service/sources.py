@@ -65,29 +65,25 @@ class Sources:
         The files are read-only. Raises ``model_not_found`` for an input that is gone.
         """
         placed: dict[str, Path] = {}
-        for index, entry in enumerate(recipe.models):
+        for entry in recipe.models:
             if entry.model in placed:
                 continue
-            target = folder / f"{index:04d}"
+            reference = parse_reference(entry.model)
+            if reference is None:
+                raise _unknown(entry.model)
+            target = folder / str(reference)  # what an error says of it is then readable
             target.mkdir(parents=True)
-            self._place(tenant, entry.model, target)
+            self._place(tenant, reference, target)
             placed[entry.model] = target
 
         def find(reference: str) -> Path:
             if reference not in placed:
-                raise InputError(
-                    "model_not_found",
-                    f"there is no model {reference!r} in this service",
-                    where={"model": reference},
-                )
+                raise _unknown(reference)
             return placed[reference]
 
         return find
 
-    def _place(self, tenant: str, text: str, target: Path) -> None:
-        reference = parse_reference(text)
-        if reference is None:
-            raise InputError("model_not_found", f"there is no model {text!r}", where={"model": text})
+    def _place(self, tenant: str, reference: Reference, target: Path) -> None:
         if reference.ns != RESULTS:
             self._registry.place(tenant, self._registry.manifest(tenant, reference), target)
             return
@@ -108,3 +104,9 @@ class Sources:
                 where={"model": reference.model},
             )
         return record
+
+
+def _unknown(reference: str) -> InputError:
+    return InputError(
+        "model_not_found", f"there is no model {reference!r} in this service", where={"model": reference}
+    )

@@ -147,6 +147,6 @@ class _Overdue:
 def _lost(attempts: int) -> MergeFailure:
     return MergeFailure(
         "worker_lost",
-        f"the worker died each of the {attempts} times it ran this merge",
-        remedy="The merge may need more memory than the workers have",
+        f"none of the {attempts} attempts to run this merge came to an end",
+        remedy="The merge may need more memory or disk than the workers have; see their log",
     )

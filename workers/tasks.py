@@ -68,7 +68,7 @@ class Task:
         except Cancelled:
             self._stopped(self._say("stopping", 0.0, ""))
         except MergeError as error:
-            self._fail(hide_folder(error, folder))
+            self._fail(hide_folder(hide_folder(error, folder / "inputs"), folder))
         except JobTimeoutException:
             self._fail(MergeFailure("timeout", "the merge took longer than a merge may take"))
         except MemoryError:

@@ -136,6 +136,7 @@ def test_a_failing_merge_keeps_its_problem(client: Client, http: httpx.Client, t
     done = client.wait(client.submit({"merge_method": "linear", "models": [{"model": name}]})["id"])
     assert (done["state"], done["result"]) == ("failed", None)
     assert done["error"]["code"] == "non_finite_tensor"
+    assert name in done["error"]["detail"]
     assert "scratch" not in json.dumps(done)
     with pytest.raises(InputError) as raised:
         client.download_result(done["id"], tmp_path / "out")
@@ -204,3 +205,9 @@ def test_unknown_merges_are_404(http: httpx.Client, what: str) -> None:
 def test_unknown_result_file(http: httpx.Client, merged: dict[str, Any]) -> None:
     answer = http.get(f"{merged['links']['files']}/no.json")
     assert (answer.status_code, answer.json()["code"]) == (404, "file_not_found")
+
+
+def test_only_the_work_horse_ever_loads_torch(up: Up, merged: dict[str, Any]) -> None:
+    assert merged["state"] == "succeeded"
+    for pid in (up.process.pid, up.pid_of("workers.process")):
+        assert "libtorch" not in Path(f"/proc/{pid}/maps").read_text()

@@ -13,7 +13,7 @@ from service.client import Client
 from tests.redis_server import connection, jobs, redis_server, storage  # noqa: F401 (fixtures)
 from tests.running import Up, push
 
-MODULES = {f"layers.{i}.q_proj": (768 + 8 * i, 768) for i in range(12)}
+MODULES = {f"layers.{i}.q_proj": (640 + 8 * i, 640) for i in range(12)}
 """No two modules have the same shape, so the engine reports after each of them."""
 
 

@@ -21,13 +21,13 @@ from tests.workers.conftest import in_the_middle, submit_slow
 pytestmark = pytest.mark.slow
 
 
-def finished_once(up: Up, client: Client, merge_id: str, *, attempts: int) -> dict[str, Any]:
+def finished_once(up: Up, client: Client, merge_id: str, *attempts: int) -> dict[str, Any]:
     """The merge, after a look at everything that must exist exactly once."""
     done = client.wait(merge_id)
     assert done["state"] == "succeeded", done
-    assert done["attempts"] == attempts
+    assert done["attempts"] in attempts
     states = [data["state"] for _, kind, data in client.events(merge_id) if kind == "state"]
-    assert states == ["queued", *["running"] * attempts, "succeeded"]
+    assert states == ["queued", *["running"] * done["attempts"], "succeeded"]
     folder = up.storage / "merges" / "local" / merge_id / "attempts"
     until(lambda: len(list(folder.iterdir())) >= 1, what="the result is stored")
     with_files = [path for path in folder.iterdir() if any(file.is_file() for file in path.rglob("*"))]
@@ -53,7 +53,7 @@ def test_a_killed_worker(start: Callable[..., Up], large: list[Path]) -> None:
         until(lambda: not alive(horse), what="the work-horse dies with its worker", patience=1)
         until(lambda: client.merge(merge_id)["attempts"] == 2, what="the merge starts again", patience=10)
         assert time.monotonic() - killed < 10
-        finished_once(up, client, merge_id, attempts=2)
+        finished_once(up, client, merge_id, 2)
         until(lambda: nothing_in_hand(up), what="nothing is left over", patience=15)
 
 
@@ -63,7 +63,7 @@ def test_a_killed_work_horse(start: Callable[..., Up], large: list[Path]) -> Non
         merge_id = submit_slow(client, large)
         in_the_middle(client, merge_id)
         os.kill(up.horse(), signal.SIGKILL)
-        finished_once(up, client, merge_id, attempts=2)
+        finished_once(up, client, merge_id, 2)
         until(lambda: nothing_in_hand(up), what="nothing is left over", patience=15)
 
 
@@ -74,7 +74,7 @@ def test_a_killed_redis(start: Callable[..., Up], large: list[Path]) -> None:
         in_the_middle(client, merge_id)
         os.kill(up.pid_of("redis.sock"), signal.SIGKILL)
         assert client.wait(merge_id)["attempts"] == 1
-        finished_once(up, client, merge_id, attempts=1)
+        finished_once(up, client, merge_id, 1)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=["SIGTERM", "SIGKILL"])
@@ -95,7 +95,8 @@ def test_the_end_of_the_parent_takes_everything_along_and_the_next_start_goes_on
         assert not up.state.exists()
     up.start()
     with up.client() as client:
-        finished_once(up, client, merge_id, attempts=2)
+        # an orderly end leaves a merge two seconds, which may be enough for it
+        finished_once(up, client, merge_id, *((1, 2) if number is signal.SIGTERM else (2,)))
 
 
 def test_open_event_streams_do_not_hold_up_the_end(start: Callable[..., Up], large: list[Path]) -> None:

@@ -175,3 +175,13 @@ def test_an_input_that_was_deleted_ends_the_merge(
     assert done.state == "failed"
     assert done.error is not None
     assert done.error["code"] == "revision_not_found"
+
+
+def test_content_that_was_lost_is_named(
+    run: Callable[[str], None], jobs: Jobs, merge: MergeRecord, storage: Watched
+) -> None:
+    storage.delete_prefix("blobs")
+    run("one")
+    error = jobs.get("t", merge.id).error
+    assert error is not None
+    assert (error["code"], error["errors"][0]["file"]) == ("content_missing", "adapter_config.json")
