@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -42,12 +42,14 @@ class RankRule:
 class Compressed:
     """``update`` with the rank of each module ``ranks (G,)`` and the energy given up ``discarded (G,)``.
 
-    Directions beyond a module's rank are to be cut off; they are null or given up.
+    Directions beyond a module's rank are to be cut off; they are null or given up. ``svd`` is that of the
+    update, where it was made from one.
     """
 
     update: LowRank
     ranks: Tensor
     discarded: Tensor
+    svd: ThinSVD | None = None
 
 
 def compress(merged: Merged, rule: RankRule, *, seed: int, names: tuple[str, ...]) -> Compressed:
@@ -81,8 +83,8 @@ def _from_svd(svd: ThinSVD, rule: RankRule, before: Tensor | None) -> Compressed
     kept = torch.arange(svd.S.shape[-1], device=svd.S.device) < ranks.to(svd.S.device).unsqueeze(-1)
     discarded = (svd.S.double() ** 2 * ~kept).sum(-1)
     head = svd.head(int(ranks.max()))
-    update = head.with_values((head.S * kept[:, : head.S.shape[-1]]).to(head.dtype)).balanced()
-    return _result(update, ranks, discarded, before)
+    cut = head.with_values((head.S * kept[:, : head.S.shape[-1]]).to(head.dtype))
+    return replace(_result(cut.balanced(), ranks, discarded, before), svd=cut)
 
 
 def _dense(

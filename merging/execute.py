@@ -166,6 +166,7 @@ class Runner:
             done.update,
             done.ranks,
             done.discarded,
+            svd=done.svd,
             weights=merged.weights if plain else None,
             seed=context.seed,
             sample=self.sample,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from merging.diagnostics import SAMPLE, Facts, measure
+from merging.lowrank import ThinSVD
 from merging.updates import LowRank, UpdateStack
 
 
@@ -56,11 +57,15 @@ def outcomes(
     discarded: Tensor,
     *,
     seed: int,
+    svd: ThinSVD | None = None,
     weights: Tensor | None = None,
     sample: int = SAMPLE,
 ) -> list[Outcome]:
-    """Cut a batch into modules and measure each against its inputs; ``weights`` as in :class:`Merged`."""
-    measured = measure(stack, update, weights=weights, seed=seed, sample=sample)
+    """Cut a batch into modules and measure each against its inputs.
+
+    ``svd`` as in :class:`Compressed`, ``weights`` as in :class:`Merged`.
+    """
+    measured = measure(stack, update, svd=svd, weights=weights, seed=seed, sample=sample)
     B = None if update.B is None else update.B.cpu()
     A = None if update.A is None else update.A.cpu()
     found = []

@@ -1,8 +1,8 @@
 """How a merged update relates to its inputs: products, aligned energy, and the change of layer outputs.
 
 For a merged update ``M = B A`` the products of its factors with those of all tasks (``k x R`` each) give the
-inner product with every task exactly. Where ``B`` and ``A`` are those of an SVD, as most methods emit them,
-the singular vectors are at hand; else they come from one more QR.
+inner product with every task exactly. Most methods make ``B`` and ``A`` from an SVD inside the joint frame:
+then these products come from small matrices. Otherwise they are formed, and the SVD takes one more QR.
 """
 
 from __future__ import annotations
@@ -17,7 +17,15 @@ from torch import Tensor
 from merging.diagnostics.entries import Grid
 from merging.diagnostics.inputs import Joined
 from merging.diagnostics.spectra import NAN
-from merging.lowrank import inner, joint_frame, rank_for_energy, squared_norm, thin_svd
+from merging.lowrank import (
+    ProductSVD,
+    ThinSVD,
+    inner,
+    joint_frame,
+    rank_for_energy,
+    squared_norm,
+    thin_svd,
+)
 from merging.spectral import NOISE
 from merging.updates import LowRank, UpdateStack
 
@@ -57,13 +65,15 @@ def relate_merged(
     grid: Grid,
     joined: Joined | None = None,
     *,
+    svd: ThinSVD | None = None,
     weights: Tensor | None = None,
     rule: AlignmentRule = "paper",
 ) -> Against:
     """Measure ``update (G, m, n)`` against the stack it was made of at the rows of ``grid``.
 
-    ``weights (T,)`` says that the update is exactly that sum of the inputs; then the cores suffice. A dense
-    update has no singular values here (that would cost more than the merge), hence no alignment.
+    ``svd`` is that of the update, if known; ``weights (T,)`` says that the update is exactly that sum of the
+    inputs. With either, the cores suffice. A dense update has no singular values here (that would cost more
+    than the merge), hence no alignment.
     """
     joined = joined or Joined.of(joint_frame(stack).cores)
     update = LowRank(*(None if part is None else part.to(stack.like) for part in (update.B, update.A)))
@@ -76,7 +86,12 @@ def relate_merged(
         singular = norm2.new_zeros(stack.G, 0)
         alignment, kept = torch.full_like(products, NAN), torch.full_like(norm2, NAN)
     else:
-        pair = _pair(stack, update.B, update.A) if weights is None else _weighted(joined, weights)
+        if weights is not None:
+            pair = _weighted(joined, weights)
+        elif svd is not None:
+            pair = _decomposed(stack, update.B, update.A, joined, svd)
+        else:
+            pair = _pair(stack, update.B, update.A)
         products = (pair.left * pair.right).sum(-2) @ P
         norm2 = (pair.left_gram * pair.right_gram).sum((-2, -1)).clamp_min(0.0)
         merged_rows = update.B.take_along_dim(grid.rows.unsqueeze(-1), 1).double()
@@ -121,6 +136,22 @@ def _pair(stack: UpdateStack, B: Tensor, A: Tensor) -> _Pair:
     Bs, As = stack.joined()
     products = (B.mT @ Bs, A @ As.mT, B.mT @ B, A @ A.mT)
     return _Pair(B, A, Bs, *(product.double() for product in products))
+
+
+def _decomposed(stack: UpdateStack, B: Tensor, A: Tensor, joined: Joined, svd: ThinSVD) -> _Pair:
+    """``B = U sqrt(S)``, ``A = sqrt(S) Vh``; in coordinates of the frame where the method stayed in it."""
+    frame = joint_frame(stack)
+    root = svd.S.double().clamp_min(0.0).sqrt().unsqueeze(-1)
+    if isinstance(svd, ProductSVD) and svd.columns is frame.columns:
+        left = root * (svd.small.U.double().mT @ joined.B)
+    else:
+        left = torch.cat([B.mT @ other for other in stack.B], -1).double()
+    if isinstance(svd, ProductSVD) and svd.rows is frame.rows:
+        right = root * (svd.small.Vh.double() @ joined.A.mT)
+    else:
+        right = torch.cat([A @ other.mT for other in stack.A], -1).double()
+    gram = torch.diag_embed(svd.S.double())
+    return _Pair(B, A, joined.B, left, right, gram, gram)
 
 
 def _weighted(joined: Joined, weights: Tensor) -> _Pair:

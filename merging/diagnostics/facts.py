@@ -10,7 +10,7 @@ from torch import Tensor
 from merging.diagnostics.against import Against, AlignmentRule, relate_merged
 from merging.diagnostics.entries import Conflicts, conflicts, draw_grid
 from merging.diagnostics.inputs import Inputs, Joined, relate_inputs
-from merging.lowrank import joint_frame
+from merging.lowrank import ThinSVD, joint_frame
 from merging.updates import LowRank, UpdateStack
 
 Part = TypeVar("Part", Inputs, Conflicts, Against)
@@ -37,6 +37,7 @@ def measure(
     stack: UpdateStack,
     update: LowRank | None,
     *,
+    svd: ThinSVD | None = None,
     weights: Tensor | None = None,
     seed: int = 0,
     sample: int = SAMPLE,
@@ -45,7 +46,7 @@ def measure(
     """Measure a batch and its merged ``update``, if any; one entry per module, in the order of the stack.
 
     Works on the joint frame that the stack keeps, so a merge that used it has paid for most of this.
-    ``weights (T,)`` says that the update is exactly that sum of the inputs, which makes it cheaper.
+    The ``svd`` of the update, or ``weights (T,)`` that make it exactly a sum of the inputs, make it cheaper.
     ``sample`` is the number of rows at which entries are looked at, with half as many columns.
     """
     grid = draw_grid(stack, seed=seed, sample=sample)
@@ -54,7 +55,7 @@ def measure(
     entries = _to_cpu(conflicts(grid))
     merged = None
     if update is not None:
-        merged = _to_cpu(relate_merged(stack, update, grid, joined, weights=weights, rule=rule))
+        merged = _to_cpu(relate_merged(stack, update, grid, joined, svd=svd, weights=weights, rule=rule))
     sampled = grid.rows.shape[-1] * grid.columns.shape[-1]
     return [
         Facts(_at(inputs, g), _at(entries, g), None if merged is None else _at(merged, g), sampled)

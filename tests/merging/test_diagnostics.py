@@ -26,12 +26,15 @@ from measuring import (
 )
 from torch import Tensor
 
+from merging.compress import RankRule, compress
 from merging.diagnostics import measure
 from merging.diagnostics.against import output_gap
 from merging.diagnostics.inputs import null_space_ratio
 from merging.diagnostics.spectra import figures
 from merging.diagnostics.telling import Measured, inputs_data, module_data
 from merging.diagnostics.whole import whole_model
+from merging.kernels import Merged
+from merging.lowrank import core_svd, joint_frame, thin_svd
 from merging.updates import LowRank, UpdateStack
 
 # The golden values
@@ -173,6 +176,32 @@ def test_weights_of_an_exact_sum_save_work_but_change_nothing() -> None:
     for name, value in plain.items():
         torch.testing.assert_close(
             quick[name], value, equal_nan=True, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("make", [mean_update, rows_outside, outside], ids=lambda make: make.__name__)
+def test_a_known_svd_saves_work_but_changes_nothing(
+    make: Callable[[UpdateStack], LowRank], dtype: torch.dtype
+) -> None:
+    stack = build_stack((3, 4, 2), 25, 18, dtype=dtype)
+    if make is mean_update:  # in the frame, as rank-space methods are
+        cores = joint_frame(stack).cores.joined()
+        svd = joint_frame(stack).lift(core_svd(cores[0] @ cores[1] / 3))
+    else:
+        svd = thin_svd(make(stack))
+    cut = compress(Merged(svd), RankRule(rank=5), seed=0, names=stack.names)
+    assert cut.svd is not None
+    plain, quick = (found(measured(stack, cut.update, svd=svd)) for svd in (None, cut.svd))
+    tolerance = 1e-9 if dtype == torch.float64 else 1e-4
+    for name, value in plain.items():
+        torch.testing.assert_close(
+            quick[name],
+            value,
+            rtol=tolerance,
+            atol=tolerance * 10,
+            equal_nan=True,
+            msg=lambda text, name=name: f"{name}: {text}",
         )
 
 
