@@ -11,10 +11,16 @@ from merging.recipe import Recipe
 
 
 def model_card(
-    recipe: Recipe, method: Method, report: dict[str, Any], base_model: str | None, *, task: str | None = None
+    recipe: Recipe,
+    method: Method,
+    report: dict[str, Any],
+    base_model: str | None,
+    *,
+    task: str | None = None,
+    library: str = "peft",
 ) -> str:
     """Markdown with front matter, as model hubs read it. ``task`` names the part of a split result."""
-    front: dict[str, Any] = {"library_name": "peft", "tags": ["merge", "lora", "merganser"]}
+    front: dict[str, Any] = {"library_name": library, "tags": ["merge", "lora", "merganser"]}
     if base_model:
         front = {"base_model": base_model, **front}
     summary = report["summary"]

@@ -95,6 +95,7 @@ def prepare(recipe: Recipe, *, resolve: Resolve | None = None, canonical: bool =
             allow_base_mismatch=recipe.allow_base_mismatch,
             modules_to_save="drop" if resolved.method.contract.multi_output else recipe.modules_to_save,
         )
+        _check_family(resolved, recipe, table)
         batches = _batches(table, adapters)
         _check_method(resolved, recipe, batches)
         yield Prepared(recipe, resolved, tuple(adapters), table, batches, _dtype(recipe, adapters))
@@ -163,6 +164,25 @@ def _check_method(resolved: Resolved, recipe: Recipe, batches: tuple[Batch, ...]
             f"{resolved.method.name} needs a base model",
             remedy="Set `base_model` in the recipe.",
             where={"field": "base_model"},
+        )
+
+
+def _check_family(resolved: Resolved, recipe: Recipe, table: Compatibility) -> None:
+    """What needs the layer names of the base is for PEFT adapters only."""
+    if table.family == "peft":
+        return
+    if recipe.output.format != "lora":
+        raise InputError(
+            "family_output_unsupported",
+            f"{table.family} files can only be merged into a LoRA, not into a {recipe.output.format}",
+            remedy="Set output.format to lora.",
+            where={"field": "output.format"},
+        )
+    if resolved.method.contract.multi_output:
+        raise InputError(
+            "family_method_unsupported",
+            f"{resolved.method.name} is for PEFT adapters; these are {table.family} files",
+            where={"field": "merge_method"},
         )
 
 
@@ -259,6 +279,7 @@ def _describe(prepared: Prepared) -> Plan:
         modules=sorted(modules, key=lambda module: str(module["name"])),
         output={
             "format": recipe.output.format,
+            "family": prepared.table.family,
             "dtype": prepared.dtype,
             "rank": max((int(module["output_rank"]) for module in modules), default=0),
         },

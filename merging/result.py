@@ -13,6 +13,7 @@ from torch import Tensor
 
 from merging.card import model_card
 from merging.formats import peft_out
+from merging.formats.families import FAMILIES
 from merging.formats.writer import TensorSpec, write_safetensors
 from merging.planning import Prepared
 from merging.report import Findings
@@ -36,7 +37,15 @@ def write_result(
         files[DELTA_NAME] = _write_delta(folder / DELTA_NAME, findings, spool, metadata)
     else:
         files.update(_write_adapter(folder, findings, spool, metadata, task))
-    card = model_card(recipe, prepared.resolved.method, report, prepared.table.base_model, task=task)
+    card = model_card(
+        recipe,
+        prepared.resolved.method,
+        report,
+        # what kohya's files state is a version, not the name of a model
+        prepared.table.base_model if prepared.table.family != "kohya" else None,
+        task=task,
+        library=FAMILIES[prepared.table.family].library,
+    )
     files["README.md"] = write_text(folder / "README.md", card)
     files["merge.yaml"] = write_text(folder / "merge.yaml", recipe.to_yaml())
     files["report.json"] = write_text(folder / "report.json", json_text(report))
@@ -102,21 +111,26 @@ def _write_adapter(
     folder: Path, findings: Findings, spool: Spool, metadata: dict[str, str], task: str | None
 ) -> dict[str, str]:
     prepared = findings.prepared
+    family = FAMILIES[prepared.table.family]
     modules = result_modules(findings)
     full = full_tensors(prepared) if task is None else own_full_tensors(prepared, findings.tasks[0])
     prefix = "" if task is None else f"{task}/"
-    specs = [spec for module in modules for spec in peft_out.factor_specs(module, prepared.dtype)]
+    specs = [spec for module in modules for spec in family.specs(module, prepared.dtype)]
     specs += [spec for spec, _ in full]
 
     def tensors() -> Iterator[Tensor]:
         for module in modules:
             B, A = load_factors(spool, module, findings.lambda_, prefix)
-            yield from peft_out.factor_tensors(module, B, A)
+            yield from family.tensors(module, B, A)
         for _, make in full:
             yield make()
 
-    weights = write_safetensors(folder / peft_out.WEIGHTS_NAME, specs, tensors(), metadata)
+    metadata = {**family.header(prepared.adapters, modules), **metadata}
+    weights = write_safetensors(folder / family.weights_name, specs, tensors(), metadata)
+    files = {family.weights_name: weights}
     table = prepared.table
+    if table.family != "peft":
+        return files
     config = peft_out.adapter_config(
         modules,
         base_model=table.base_model,
@@ -126,10 +140,7 @@ def _write_adapter(
         modules_to_save=table.modules_to_save if task is None else _own_modules(findings),
         anchored_targets=table.anchored_targets,
     )
-    return {
-        peft_out.WEIGHTS_NAME: weights,
-        peft_out.CONFIG_NAME: peft_out.write_adapter_config(folder, config),
-    }
+    return {**files, peft_out.CONFIG_NAME: peft_out.write_adapter_config(folder, config)}
 
 
 def _own_modules(findings: Findings) -> tuple[str, ...]:

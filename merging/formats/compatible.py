@@ -8,6 +8,8 @@ from types import MappingProxyType
 from typing import Literal, Protocol
 
 from merging.errors import InputError
+from merging.formats.families import common_family
+from merging.formats.image_meta import check_architecture
 from merging.formats.loaded import Adapter, Module
 from merging.formats.peft_config import AdapterConfig
 from merging.formats.peft_in import HEADS
@@ -40,13 +42,14 @@ class FullTensor:
 class Compatibility:
     """What a set of adapters has in common.
 
-    ``modules`` maps each module (sorted) to the indices of the adapters that have it; ``full_tensors``
-    maps the fully trained tensors of the result to their sources; ``modules_to_save`` names their
-    modules as PEFT's configuration does. Base, revision and task type are None unless the adapters agree.
-    ``anchored_targets`` tells that some adapter chose its layers by more than a list of name endings, so
-    that such a list may not describe them.
+    ``family`` is a key of :data:`merging.formats.families.FAMILIES`. ``modules`` maps each module (sorted)
+    to the indices of the adapters that have it; ``full_tensors`` maps the fully trained tensors of the
+    result to their sources; ``modules_to_save`` names their modules as PEFT's configuration does. Base,
+    revision and task type are None unless the adapters agree. ``anchored_targets`` tells that some adapter
+    chose its layers by more than a list of name endings, so that such a list may not describe them.
     """
 
+    family: str
     modules: Mapping[str, tuple[int, ...]]
     full_tensors: Mapping[str, FullTensor]
     modules_to_save: tuple[str, ...]
@@ -67,13 +70,16 @@ def check_compatible(
 ) -> Compatibility:
     """Check that the adapters are updates of the same layers of the same base.
 
-    Raises :class:`InputError`: ``base_model_mismatch``, ``missing_modules``, ``shape_mismatch``,
-    ``layer_mismatch``, ``modules_to_save_choice``, ``modules_to_save_missing``, ``no_adapters``.
+    Raises :class:`InputError`: ``mixed_families``, ``mixed_spellings``, ``base_model_mismatch``,
+    ``missing_modules``, ``shape_mismatch``, ``layer_mismatch``, ``modules_to_save_choice``,
+    ``modules_to_save_missing``, ``no_adapters``.
     """
     if not adapters:
         raise InputError("no_adapters", "there is no adapter to merge")
     warnings: list[str] = []
+    family = common_family(adapters)
     base, revision = _base(adapters, allow_base_mismatch, warnings)
+    check_architecture(adapters, allow_base_mismatch, warnings)
     modules = _modules(adapters)
     for name, present in modules.items():
         for index in present[1:]:
@@ -89,6 +95,7 @@ def check_compatible(
     kept = sorted(name for name in saved if any(f".{name}." in f".{tensor}" for tensor in full))
     tasks = {config.task_type for config in configs}
     return Compatibility(
+        family=family,
         modules=MappingProxyType(modules),
         full_tensors=MappingProxyType(full),
         modules_to_save=tuple(kept),

@@ -15,6 +15,7 @@ from typing import Any
 
 from formats.build import CONFIG, PAIR, PREFIX, Case, Shapes, write_adapter
 from formats.hostile_files import contents, headers
+from formats.hostile_images import image_cases
 
 A, B = PAIR
 
@@ -23,7 +24,7 @@ __all__ = ["Case", "cases"]
 
 def cases() -> list[Case]:
     """All of them; names are unique."""
-    return [*headers(), *contents(), *_configs(), *_patterns(), *_modules(), *_folders()]
+    return [*headers(), *contents(), *_configs(), *_patterns(), *_modules(), *_folders(), *image_cases()]
 
 
 def _config(name: str, code: str, **fields: Any) -> Case:
