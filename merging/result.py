@@ -14,6 +14,7 @@ from torch import Tensor
 from merging.card import model_card
 from merging.formats import peft_out
 from merging.formats.families import FAMILIES
+from merging.formats.image_out import common_alpha
 from merging.formats.writer import TensorSpec, write_safetensors
 from merging.planning import Prepared
 from merging.report import Findings
@@ -113,6 +114,7 @@ def _write_adapter(
     prepared = findings.prepared
     family = FAMILIES[prepared.table.family]
     modules = result_modules(findings)
+    alpha = common_alpha(modules) if modules else 1
     full = full_tensors(prepared) if task is None else own_full_tensors(prepared, findings.tasks[0])
     prefix = "" if task is None else f"{task}/"
     specs = [spec for module in modules for spec in family.specs(module, prepared.dtype)]
@@ -121,7 +123,7 @@ def _write_adapter(
     def tensors() -> Iterator[Tensor]:
         for module in modules:
             B, A = load_factors(spool, module, findings.lambda_, prefix)
-            yield from family.tensors(module, B, A)
+            yield from family.tensors(module, B, A, alpha)
         for _, make in full:
             yield make()
 

@@ -28,23 +28,30 @@ class Family:
     """How to write one family.
 
     ``specs`` gives the tensors of a module in the order in which ``tensors`` makes them from B (m, k) and
-    A (k, n), padded up to the module's rank; ``header`` the family's own metadata. ``library`` is the name
-    of the library that loads it, as model cards give it.
+    A (k, n), padded up to the module's rank, and from the alpha of the file
+    (:func:`~merging.formats.image_out.common_alpha`); ``header`` the family's own metadata. ``library`` is
+    the name of the library that loads it, as model cards give it.
     """
 
     name: str
     library: str
     weights_name: str
     specs: Callable[[ResultModule, str], tuple[TensorSpec, ...]]
-    tensors: Callable[[ResultModule, torch.Tensor, torch.Tensor], tuple[torch.Tensor, ...]]
+    tensors: Callable[[ResultModule, torch.Tensor, torch.Tensor, int], tuple[torch.Tensor, ...]]
     header: Callable[[Sequence[Adapter], Sequence[ResultModule]], dict[str, str]]
+
+
+def _without_alpha(
+    module: ResultModule, B: torch.Tensor, A: torch.Tensor, alpha: int
+) -> tuple[torch.Tensor, ...]:
+    return peft_out.factor_tensors(module, B, A)
 
 
 FAMILIES: Mapping[str, Family] = MappingProxyType({
     family.name: family
     for family in (
         Family(
-            "peft", "peft", peft_out.WEIGHTS_NAME, peft_out.factor_specs, peft_out.factor_tensors,
+            "peft", "peft", peft_out.WEIGHTS_NAME, peft_out.factor_specs, _without_alpha,
             lambda adapters, modules: {},
         ),
         Family(
@@ -52,7 +59,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType({
             image_meta.kohya_header,
         ),
         Family(
-            "diffusers", "diffusers", DIFFUSERS_NAME, image_out.diffusers_specs, peft_out.factor_tensors,
+            "diffusers", "diffusers", DIFFUSERS_NAME, image_out.diffusers_specs, _without_alpha,
             image_meta.diffusers_header,
         ),
     )

@@ -14,6 +14,7 @@ from dataclasses import replace
 from merging.errors import InputError
 from merging.formats.diffusers_in import METADATA_KEY
 from merging.formats.image_keys import COMPONENTS
+from merging.formats.image_out import common_alpha
 from merging.formats.loaded import Adapter
 from merging.formats.peft_out import ResultModule, adapter_config
 
@@ -65,13 +66,13 @@ def kohya_header(adapters: Sequence[Adapter], modules: Sequence[ResultModule]) -
     """The metadata of a merged kohya file."""
     header = _shared(adapters)
     header["ss_network_module"] = _network_module(adapters)
-    header["ss_network_dim"] = header["ss_network_alpha"] = _rank(modules)
+    header["ss_network_dim"] = _rank(modules)
+    alpha = header["ss_network_alpha"] = str(common_alpha(modules))
     kernels = [
         module for module in modules if module.kind == "conv2d" and set(module.weight_shape[2:]) != {1}
     ]
     if kernels:
-        rank = _rank(kernels)
-        header["ss_network_args"] = json.dumps({"conv_alpha": rank, "conv_dim": rank})
+        header["ss_network_args"] = json.dumps({"conv_alpha": alpha, "conv_dim": _rank(kernels)})
     return header
 
 

@@ -1,11 +1,16 @@
-"""Write LoRA files of image models: one file, every scale 1.
+"""Write LoRA files of image models.
 
-kohya files state alpha = rank for each module; diffusers files have no alpha tensors, which means the same
-there. A Tucker core of an input has become part of A, so every result is a plain LoRA.
+diffusers files have no alpha tensors, which means scale 1. kohya files state one alpha for all modules: the
+most common rank. Modules of another rank have the ratio in their factors, because diffusers (0.42) loses an
+alpha that differs between modules. A Tucker core of an input has become part of A, so every result is a
+plain LoRA.
 """
 
 from __future__ import annotations
 
+import math
+from collections import Counter
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from merging.formats import peft_out
@@ -28,11 +33,22 @@ def kohya_specs(module: ResultModule, dtype: str) -> tuple[TensorSpec, ...]:
     )
 
 
-def kohya_tensors(module: ResultModule, B: torch.Tensor, A: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Alpha, A and B in the shapes of :func:`kohya_specs`."""
+def kohya_tensors(
+    module: ResultModule, B: torch.Tensor, A: torch.Tensor, alpha: int
+) -> tuple[torch.Tensor, ...]:
+    """Alpha, A and B in the shapes of :func:`kohya_specs`: ``alpha / rank`` times the written B A is B A."""
     import torch
 
-    return torch.tensor(float(module.rank)), *peft_out.factor_tensors(module, B, A)
+    if module.rank != alpha:
+        root = math.sqrt(module.rank / alpha)
+        B, A = B * root, A * root
+    return torch.tensor(float(alpha)), *peft_out.factor_tensors(module, B, A)
+
+
+def common_alpha(modules: Sequence[ResultModule]) -> int:
+    """The most common rank, the largest of several."""
+    counts = Counter(module.rank for module in modules)
+    return max(counts, key=lambda rank: (counts[rank], rank))
 
 
 def diffusers_specs(module: ResultModule, dtype: str) -> tuple[TensorSpec, ...]:
