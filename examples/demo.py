@@ -30,6 +30,7 @@ from merging.recipe import Recipe
 from service.cli_client import show_event
 from service.cli_console import columns, progress, size
 from service.client import Client, failure
+from service.deathsig import wrap
 
 HERE = Path(__file__).resolve().parent
 TASKS = ("supersense", "biblegenre", "icd", "langid")
@@ -77,11 +78,11 @@ def parse() -> argparse.Namespace:
 
 @contextmanager
 def running_service(data: Path) -> Iterator[str]:
-    """The URL of a service of our own; it is gone at the end, whatever happens."""
+    """The URL of a service of our own; it is gone at the end, even if this process is killed."""
     log = data / "service.log"
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [sys.executable, "-m", "service", "up", "--port", "0", "--data", str(data)],
+            wrap([sys.executable, "-m", "service", "up", "--port", "0", "--data", str(data)]),
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,

@@ -8,9 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from pydantic import BaseModel
 
 from merging import catalog
-from merging.recipe import Recipe
+from merging.recipe import ModelEntry, Output, Prepare, Recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
@@ -53,3 +54,14 @@ def test_links_between_the_pages_lead_somewhere(page: Path) -> None:
     targets = re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8"))
     missing = [target for target in targets if "://" not in target and not (page.parent / target).exists()]
     assert missing == []
+
+
+@pytest.mark.parametrize(
+    ("prefix", "model"),
+    [("", Recipe), ("models[].", ModelEntry), ("prepare.", Prepare), ("output.", Output)],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_every_key_of_a_recipe_has_a_row_in_the_page(prefix: str, model: type[BaseModel]) -> None:
+    text = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+    keys = [f"{prefix}{name}" for name in model.model_fields if name not in ("output", "prepare")]
+    assert [key for key in keys if f"| `{key}` |" not in text] == []
