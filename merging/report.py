@@ -7,7 +7,7 @@ import platform
 from typing import Any
 
 from merging.catalog.spec import MethodParams
-from merging.diagnostics.telling import Measured, inputs_data, module_data
+from merging.diagnostics.telling import Measured, inputs_data, module_data, relation
 from merging.diagnostics.whole import whole_model
 from merging.outcomes import Outcome
 from merging.planning import Prepared
@@ -107,7 +107,7 @@ class Findings:
                 {
                     "model": self.prepared.labels[task],
                     "norm": math.sqrt(self._squares[task]),
-                    **_relation(norm, self._squares[task], factor * self._inner[task]),
+                    **relation(norm, self._squares[task], factor * self._inner[task]),
                     **data,
                 }
                 for task, data in zip(self.tasks, whole.inputs, strict=True)
@@ -133,7 +133,7 @@ class Findings:
                     "model": labels[task],
                     "rank": rank,
                     "norm": input_norm,
-                    **_relation(norm, input_norm**2, self.lambda_ * product),
+                    **relation(norm, input_norm**2, self.lambda_ * product),
                     **data,
                 }
                 for task, rank, input_norm, product, data in zip(
@@ -190,19 +190,6 @@ def versions() -> dict[str, str]:
         "torch": str(torch.__version__),
         "numpy": np.__version__,
         "python": platform.python_version(),
-    }
-
-
-def _relation(norm: float, square: float, product: float) -> dict[str, float | None]:
-    """Cosine, retention ``<M, D> / |D|^2`` and relative error ``|M - D| / |D|`` of merged M and input D."""
-    if square == 0.0:
-        return {"cosine": None, "retention": None, "relative_error": None}
-    size = math.sqrt(square)
-    error = max(norm**2 - 2.0 * product + square, 0.0)
-    return {
-        "cosine": product / (norm * size) if norm > 0.0 else None,
-        "retention": product / square,
-        "relative_error": math.sqrt(error) / size,
     }
 
 

@@ -13,6 +13,13 @@ from service.cli_console import columns, print_json, say
 if TYPE_CHECKING:
     from merging.formats.adapter import Adapter, Module
 
+_AGAINST_MEAN = {
+    "retention": "RETENTION",
+    "relative_error": "REL. ERROR",
+    "subspace_alignment": "ALIGNMENT",
+    "l1_gap": "L1 GAP",
+}
+
 
 def add_command(commands: Any) -> None:
     """Add ``inspect`` to argparse's ``commands``."""
@@ -124,11 +131,23 @@ def _comparison_text(compared: dict[str, Any]) -> str:
         (names[i], names[j], *(_figure(summary[key][i][j]) for key in keys))
         for i, j in combinations(range(len(names)), 2)
     ]
+    own = [
+        (
+            entry["model"],
+            *(_figure(entry[key]) for key in ("norm", "effective_rank", "stable_rank")),
+            *(_figure(entry["against_mean"][key]) for key in _AGAINST_MEAN),
+        )
+        for entry in compared["models"]
+    ]
     lines = [
         columns(rows, ("MODEL", "MODEL", "COSINE", "ROW OVERLAP", "COLUMN OVERLAP", "SIGN CONFLICT")),
         "",
+        columns(own, ("MODEL", "NORM", "EFF. RANK", "STABLE RANK", *_AGAINST_MEAN.values())),
+        "(the last four against the mean of all)",
+        "",
         f"norm imbalance   {_figure(summary['norm_imbalance'])} (largest norm over smallest)",
         f"cancellation     {_figure(summary['cancellation'])} (lost when the updates are added)",
+        f"interference     {_figure(summary['sti_relative'])} (of singular directions; 0 is none)",
         f"factor average   {_figure(summary['factor_average_error'])} (relative error of averaging B and A)",
     ]
     return "\n".join(lines)

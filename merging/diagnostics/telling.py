@@ -81,6 +81,19 @@ def inputs_data(module: Measured, factor: float = 1.0) -> list[dict[str, Any]]:
     return rows(module.relation(factor) | module.figures)
 
 
+def relation(norm: float, square: float, product: float) -> dict[str, float | None]:
+    """Cosine, retention ``<M, D> / |D|^2`` and relative error ``|M - D| / |D|`` of merged M and input D."""
+    if square == 0.0:
+        return {"cosine": None, "retention": None, "relative_error": None}
+    size = math.sqrt(square)
+    error = max(norm**2 - 2.0 * product + square, 0.0)
+    return {
+        "cosine": product / (norm * size) if norm > 0.0 else None,
+        "retention": product / square,
+        "relative_error": math.sqrt(error) / size,
+    }
+
+
 def number(value: Tensor | float) -> float | None:
     """A JSON number of ``DIGITS`` significant digits; ``None`` if it is not finite."""
     plain = float(value)

@@ -56,3 +56,31 @@ def test_adapters_of_another_base_compare_but_other_shapes_do_not(tmp_path: Path
     wider = write_adapter(tmp_path / "c", modules={name: (m, n + 1) for name, (m, n) in MODULES.items()})
     with pytest.raises(InputError):
         compare([folder, wider])
+
+
+def test_each_adapter_stands_against_the_mean_of_all(tmp_path: Path) -> None:
+    whole = write_adapter(tmp_path / "whole", seed=1)
+    part = write_adapter(tmp_path / "part", seed=2, modules=dict(list(MODULES.items())[:2]))
+    found = compare([whole, part])
+    deltas = [products(whole), products(part)]
+    zero = {name: torch.zeros_like(delta) for name, delta in deltas[0].items()}
+    deltas = [{**zero, **delta} for delta in deltas]
+    mean = {name: (deltas[0][name] + deltas[1][name]) / 2 for name in zero}
+
+    def norm(delta: dict[str, torch.Tensor]) -> float:
+        return sum(float(part.square().sum()) for part in delta.values()) ** 0.5
+
+    assert found["summary"]["mean"]["nuclear_norm"] == pytest.approx(
+        sum(float(torch.linalg.svdvals(delta).sum()) for delta in mean.values()), rel=1e-5
+    )
+    for entry, delta in zip(found["models"], deltas, strict=True):
+        against = entry["against_mean"]
+        product = sum(float((delta[name] * mean[name]).sum()) for name in mean)
+        error = norm({name: mean[name] - delta[name] for name in mean})
+        assert entry["norm"] == pytest.approx(norm(delta), rel=1e-5)
+        assert against["retention"] == pytest.approx(product / norm(delta) ** 2, rel=1e-5)
+        assert against["relative_error"] == pytest.approx(error / norm(delta), rel=1e-5)
+        assert 0.0 < against["subspace_alignment"] <= 1.0
+    lonely = found["modules"][list(MODULES)[2]]["models"]
+    assert [entry["model"] for entry in lonely] == [str(whole)]
+    assert lonely[0]["against_mean"]["retention"] == pytest.approx(0.5, rel=1e-5)
