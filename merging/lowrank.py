@@ -41,6 +41,10 @@ class Orthonormal:
         matrix: Tensor = torch.linalg.householder_product(self.reflectors, self.tau)
         return matrix
 
+    def to(self, dtype: torch.dtype) -> Orthonormal:
+        """The same basis in another floating-point type; orthonormal to the precision of that type."""
+        return Orthonormal(self.reflectors.to(dtype), self.tau.to(dtype))
+
     def times(self, X: Tensor) -> Tensor:
         """``Q @ X`` in the dtype of ``Q``; ``X`` is ``(..., p, k)``."""
         if self._written:
@@ -75,12 +79,19 @@ class JointFrame:
 
     ``left`` is ``(G, m, p)`` with orthonormal columns, ``right`` is ``(G, q, n)`` with orthonormal rows,
     ``p = min(m, R)``, ``q = min(n, R)``; they are written out on demand. ``cores`` is the same stack in small
-    coordinates (float64): ``delta_t = left @ cores.B[t] @ cores.A[t] @ right``, exactly.
+    coordinates (float64): ``delta_t = left @ cores.B[t] @ cores.A[t] @ right``, exactly. ``dtype`` is the one
+    in which it was computed; the bases come in that of the stack.
     """
 
     columns: Orthonormal
     rows: Orthonormal
     cores: UpdateStack
+    dtype: torch.dtype
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``m, n``."""
+        return self.columns.reflectors.shape[-2], self.rows.reflectors.shape[-2]
 
     @property
     def left(self) -> Tensor:
@@ -95,21 +106,22 @@ class JointFrame:
         return ProductSVD(self.columns, core, self.rows)
 
 
-def joint_frame(stack: UpdateStack) -> JointFrame:
+def joint_frame(stack: UpdateStack, dtype: torch.dtype | None = None) -> JointFrame:
     """QR of the stacked factors (`B = Q_B R_B`, `A^T = Q_A R_A`). Cost ``O((m + n) R^2)``.
 
-    Kept with the stack: the merge and the diagnostics of a module share one frame.
+    ``dtype`` (default: that of the stack) is the precision of the decomposition. Kept with the stack: the
+    merge and the diagnostics of a module share one frame, the most precise that was asked for.
     """
     known = stack.__dict__.get("_joint_frame")
-    if isinstance(known, JointFrame):
+    if isinstance(known, JointFrame) and dtype in (None, known.dtype):
         return known
-    frame = _joint_frame(stack)
+    frame = _joint_frame(stack, dtype or stack.like.dtype)
     stack.__dict__["_joint_frame"] = frame
     return frame
 
 
-def _joint_frame(stack: UpdateStack) -> JointFrame:
-    B, A = stack.joined()
+def _joint_frame(stack: UpdateStack, dtype: torch.dtype) -> JointFrame:
+    B, A = (factor.to(dtype) for factor in stack.joined())
     columns, core_B = qr(B)
     rows, core_A = qr(A.mT)
     cores = UpdateStack(
@@ -118,7 +130,18 @@ def _joint_frame(stack: UpdateStack) -> JointFrame:
         stack.split(core_B.double(), dim=2),
         stack.split(core_A.double().mT, dim=1),
     )
-    return JointFrame(columns, rows, cores)
+    return JointFrame(columns.to(stack.like.dtype), rows.to(stack.like.dtype), cores, dtype)
+
+
+def transposed(stack: UpdateStack) -> UpdateStack:
+    """The stack of the transposed updates; it shares the joint frame."""
+    frame = joint_frame(stack)
+    flipped, cores = (
+        UpdateStack(s.names, s.tasks, tuple(A.mT for A in s.A), tuple(B.mT for B in s.B))
+        for s in (stack, frame.cores)
+    )
+    flipped.__dict__["_joint_frame"] = JointFrame(frame.rows, frame.columns, cores, frame.dtype)
+    return flipped
 
 
 @dataclass(frozen=True)
@@ -173,6 +196,11 @@ class ProductSVD(ThinSVD):
     def head(self, rank: int) -> ProductSVD:
         return ProductSVD(self.columns, self.small.head(rank), self.rows)
 
+    def transposed(self) -> ProductSVD:
+        """The SVD of the transposed product."""
+        small = ThinSVD(self.small.Vh.mT, self.S, self.small.U.mT)
+        return ProductSVD(self.rows, small, self.columns)
+
     def with_values(self, S: Tensor) -> ProductSVD:
         return ProductSVD(self.columns, self.small.with_values(S), self.rows)
 
@@ -183,6 +211,16 @@ def thin_svd(update: LowRank) -> ProductSVD:
     columns, R_B = qr(B)
     rows, R_A = qr(A.mT)
     return ProductSVD(columns, core_svd(R_B.double() @ R_A.double().mT), rows)
+
+
+def one_sided_svd(columns: Orthonormal, turn: Tensor, rows: Tensor) -> ProductSVD:
+    """SVD of ``columns @ turn @ rows``, where the columns of ``turn (G, p, k)`` are orthonormal.
+
+    Columns of ``turn`` may be zero where the rows ``(G, k, n)`` are.
+    """
+    basis, R = qr(rows.mT)
+    small = core_svd(R.mT)
+    return ProductSVD(columns, ThinSVD(turn.double() @ small.U, small.S, small.Vh), basis)
 
 
 def core_svd(core: Tensor) -> ThinSVD:

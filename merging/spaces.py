@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from merging.errors import InputError
-from merging.lowrank import ThinSVD, core_svd, joint_frame, rank_rtol, thin_svd
+from merging.lowrank import ThinSVD, core_svd, joint_frame, one_sided_svd, rank_rtol, thin_svd
 from merging.updates import Coordinates, LowRank, UpdateStack
 
 
@@ -27,7 +27,7 @@ class Placement:
     ``coordinates`` holds the tasks as ``p x q`` matrices. ``entries (G,)`` counts the coordinates that can be
     non-zero and ``widths (G,)`` those of one row: frames of a batch are padded with zero directions where
     the stacks are rank-deficient. ``lift`` takes a merged coordinate matrix ``(G, p, q)`` to an update of
-    ``(G, m, n)``, exactly: full coordinates to a dense matrix next to an identity, core ones to an SVD.
+    ``(G, m, n)``, exactly: full coordinates to a dense matrix next to an identity, others to an SVD.
     """
 
     coordinates: Coordinates
@@ -61,31 +61,22 @@ def knots(stack: UpdateStack, *, with_values: bool = True) -> Placement:
     ``B = Q_B R_B``, ``A_t^T = Q_t R_t``; the SVD of the small ``[R_B,t R_t^T]_t`` gives the left basis.
     ``with_values=False`` divides by ``s`` and multiplies after the merge (the Core Space authors' variant).
     """
-    B, _ = stack.joined()
-    left, core_B = torch.linalg.qr(B)
-    blocks = stack.split(core_B.double(), dim=2)
+    frame = joint_frame(stack)
+    dtype = stack.like.dtype
     small = [
-        block @ torch.linalg.qr(A.mT, mode="r").R.double().mT
-        for block, A in zip(blocks, stack.A, strict=True)
+        B @ torch.linalg.qr(A.mT, mode="r").R.mT for B, A in zip(frame.cores.B, frame.cores.A, strict=True)
     ]
     U, S, _ = torch.linalg.svd(torch.cat(small, dim=2), full_matrices=False)
-    alive = S > rank_rtol(left.dtype) * S[:, :1]
+    alive = S > rank_rtol(dtype) * S[:, :1]
     U = U * alive.unsqueeze(1)
-    basis = left @ U.to(left.dtype)
-    if with_values:
-        rows = U.mT
-    else:
-        rows = U.mT / torch.where(alive, S, torch.ones_like(S)).unsqueeze(-1)
-        basis = basis * S.unsqueeze(1).to(basis.dtype)
+    values = None if with_values else torch.where(alive, S, torch.ones_like(S)).unsqueeze(-1)
+    rows = U.mT if values is None else U.mT / values
     coordinates = UpdateStack(
-        stack.names,
-        stack.tasks,
-        tuple((rows @ block).to(left.dtype) for block in blocks),
-        stack.A,
+        stack.names, stack.tasks, tuple((rows @ block).to(dtype) for block in frame.cores.B), stack.A
     )
 
-    def lift(merged: Tensor) -> LowRank:
-        return LowRank(basis, merged.to(basis.dtype))
+    def lift(merged: Tensor) -> ThinSVD:
+        return one_sided_svd(frame.columns, U, merged if values is None else merged * values.to(merged))
 
     entries = alive.sum(-1).cpu() * stack.n
     return Placement(coordinates, lift, entries, torch.full_like(entries, stack.n))
@@ -124,9 +115,16 @@ def core(stack: UpdateStack, *, gauge: str = "balanced") -> Placement:
 
 
 def balance(stack: UpdateStack) -> UpdateStack:
-    """Every task in its canonical factors ``U sqrt(S), sqrt(S) V^T``; the products stay as they are."""
-    balanced = [thin_svd(LowRank(B, A)).balanced() for B, A in zip(stack.B, stack.A, strict=True)]
-    factors = [update.factors() for update in balanced]
+    """Every task in its canonical factors ``U sqrt(S), sqrt(S) V^T``; the products stay as they are.
+
+    Singular values that are rounding noise are cut: their square roots would not look like noise any more.
+    """
+    rtol = rank_rtol(stack.like.dtype)
+    factors = []
+    for B, A in zip(stack.B, stack.A, strict=True):
+        svd = thin_svd(LowRank(B, A))
+        kept = ThinSVD(svd.U, svd.S * (svd.S > rtol * svd.S[..., :1]), svd.Vh)
+        factors.append(kept.balanced().factors())
     return UpdateStack(
         stack.names,
         stack.tasks,

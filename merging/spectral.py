@@ -261,12 +261,7 @@ def warn_of_overlap(stack: UpdateStack, found: Whitened, ctx: Context) -> None:
         )
 
 
-def lifted(frame: JointFrame, svd: ThinSVD, ctx: Context, dtype: torch.dtype | None = None) -> Merged:
-    """An SVD in the coordinates of a frame as an SVD of the updates, cut to ``ctx.rank`` if that is set.
-
-    The vectors come in ``dtype``, by default that of the frame.
-    """
+def lifted(frame: JointFrame, svd: ThinSVD, ctx: Context) -> Merged:
+    """An SVD in the coordinates of a frame as an SVD of the updates, cut to ``ctx.rank`` if that is set."""
     head = svd if ctx.rank is None else svd.head(ctx.rank)
-    whole = frame.lift(head)
-    update = whole if dtype is None else ThinSVD(whole.U.to(dtype), whole.S, whole.Vh.to(dtype))
-    return Merged(update, (svd.S[:, head.S.shape[-1] :] ** 2).sum(-1))
+    return Merged(frame.lift(head), (svd.S[:, head.S.shape[-1] :] ** 2).sum(-1))

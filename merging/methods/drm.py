@@ -10,8 +10,8 @@ DRM-H, on the deltas side by side, ``[delta_1 ... delta_T] = U S [V_1 ... V_T]``
 5. multiply by the weights, take the mean over the non-zero entries (or over all tasks) and map back by ``U``.
 
 DRM-V is DRM-H of the transposed deltas. The SVD comes from the ``R x R`` matrix ``[Q_B^T B_t R_t^T]_t`` with
-``A_t^T = Q_t R_t``; only the ``T k n`` pruned entries are ever formed. The result is already low-rank:
-``B = U (G, m, k)``, ``A = merged (G, k, n)`` with ``k <= min(m, R)`` the largest numerical rank of the batch.
+``A_t^T = Q_t R_t``; only the ``T k n`` pruned entries are ever formed. The result ``U @ merged (G, k, n)`` is
+low-rank already, ``k <= min(m, R)``, and comes as an SVD.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from torch import Tensor
 
 from merging.catalog.named import DrmParams
 from merging.kernels import Context, Local, Merged, module_chunks
-from merging.lowrank import rank_rtol
+from merging.lowrank import ProductSVD, joint_frame, one_sided_svd, rank_rtol, transposed
 from merging.selection import batched_kth_largest, kth_largest
 from merging.thresholds import Search, bracket
-from merging.updates import LowRank, UpdateStack
+from merging.updates import UpdateStack
 
 CACHED = 1 << 19
 """Entries per block that stay in the cache of a CPU through several passes."""
@@ -34,29 +34,30 @@ SAMPLE_COLUMNS = 64
 
 def merge_horizontal(stack: UpdateStack, ctx: Context) -> Merged:
     """DRM-H. Cost ``O((m + n) R^2 + T k n)``."""
+    frame = joint_frame(stack)
     per_module = 2 * stack.T * min(stack.m, stack.R) * stack.n * stack.like.element_size()
-    pieces = [_merge(piece, ctx) for piece in module_chunks(stack, per_module, ctx.budget)]
-    B, A, ranks = (torch.cat(parts) for parts in zip(*pieces, strict=True))
-    width = max(1, int(ranks.max()))
-    return Merged(LowRank(B[:, :, :width], A[:, :width]))
+    pieces = zip(
+        module_chunks(stack, per_module, ctx.budget),
+        module_chunks(frame.cores, per_module, ctx.budget),
+        strict=True,
+    )
+    parts = [_merge(piece, cores, ctx) for piece, cores in pieces]
+    turn, merged = (torch.cat(found) for found in zip(*parts, strict=True))
+    return Merged(one_sided_svd(frame.columns, turn, merged))
 
 
 def merge_vertical(stack: UpdateStack, ctx: Context) -> Merged:
     """DRM-V: the transpose of DRM-H on the transposed deltas."""
-    flipped = UpdateStack(
-        stack.names,
-        stack.tasks,
-        tuple(A.mT for A in stack.A),
-        tuple(B.mT for B in stack.B),
-    )
-    B, A = merge_horizontal(flipped, ctx).update.factors()  # type: ignore[union-attr]
-    return Merged(LowRank(A.mT, B.mT))
+    update = merge_horizontal(transposed(stack), ctx).update
+    assert isinstance(update, ProductSVD)
+    return Merged(update.transposed())
 
 
-def _merge(stack: UpdateStack, ctx: Context) -> tuple[Tensor, Tensor, Tensor]:
+def _merge(stack: UpdateStack, cores: UpdateStack, ctx: Context) -> tuple[Tensor, Tensor]:
+    """``U`` in the joint frame ``(G, p, k)``, and the merged rows ``(G, k, n)``."""
     params = ctx.params
     assert isinstance(params, DrmParams)
-    left, rows, values, ranks = decompose(stack, params.rank_rtol)
+    turn, rows, values, ranks = decompose(stack, cores, params.rank_rtol)
     threshold = _threshold(rows, ranks * (stack.T * stack.n), params.density)
     weights = ctx.weights(stack).to(rows).view(-1, 1, 1)
     merged = rows.new_empty((stack.G, rows.shape[2], stack.n))
@@ -74,32 +75,30 @@ def _merge(stack: UpdateStack, ctx: Context) -> tuple[Tensor, Tensor, Tensor]:
         kept = (rows[:, :, start:stop] * sign.unsqueeze(1)).relu_() * weights
         divisor = kept.sign().abs_().sum(1).clamp_min_(1) if params.disjoint_mean else stack.T
         merged[:, start:stop] = kept.sum(1) * sign / divisor
-    return left, merged, ranks
+    return turn, merged
 
 
-def decompose(stack: UpdateStack, rtol: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Steps 1 and 2: ``U (G, m, k)``, unit rows ``V_t`` as ``(G, T, k, n)``, values ``(G, T, k)``, ranks.
+def decompose(stack: UpdateStack, cores: UpdateStack, rtol: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Steps 1 and 2: ``U``, unit rows ``V_t`` as ``(G, T, k, n)``, values ``(G, T, k)``, ranks ``(G,)``.
 
-    Directions beyond the numerical rank ``(G,)`` are zero, and rows in which a task has nothing.
+    ``U (G, p, k)`` is in the joint frame of ``cores``. Directions beyond the numerical rank are zero, and
+    rows in which a task has nothing.
     """
-    B, _ = stack.joined()
-    left, core_B = torch.linalg.qr(B)
+    like = stack.like
     right = [torch.linalg.qr(A.mT) for A in stack.A]
-    blocks = stack.split(core_B.double(), dim=2)
-    small = torch.cat([b @ R.double().mT for b, (_, R) in zip(blocks, right, strict=True)], dim=2)
+    small = torch.cat([B @ R.double().mT for B, (_, R) in zip(cores.B, right, strict=True)], dim=2)
     U, S, Wh = torch.linalg.svd(small, full_matrices=False)
     alive = (S > rtol * S[:, :1]) & (S > 0)
     widths = [Q.shape[-1] for Q, _ in right]
-    rows = left.new_empty((stack.G, stack.T, S.shape[-1], stack.n))
-    values = left.new_empty((stack.G, stack.T, S.shape[-1]))
+    rows = like.new_empty((stack.G, stack.T, S.shape[-1], stack.n))
+    values = like.new_empty((stack.G, stack.T, S.shape[-1]))
     for t, (W, (Q, _)) in enumerate(zip(torch.split(Wh, widths, dim=2), right, strict=True)):
         norm = W.norm(dim=-1)
-        present = alive & (norm > rank_rtol(left.dtype))
+        present = alive & (norm > rank_rtol(like.dtype))
         inverse = torch.where(present, 1.0 / norm, torch.zeros_like(norm))
-        torch.matmul((W * inverse.unsqueeze(-1)).to(left.dtype), Q.mT, out=rows[:, t])
+        torch.matmul((W * inverse.unsqueeze(-1)).to(like.dtype), Q.mT, out=rows[:, t])
         values[:, t] = S * norm * present
-    U = U * alive.unsqueeze(1)
-    return left @ U.to(left.dtype), rows, values, alive.sum(-1)
+    return U * alive.unsqueeze(1), rows, values, alive.sum(-1)
 
 
 def row_blocks(rows: Tensor) -> list[tuple[int, int]]:

@@ -52,7 +52,7 @@ class Scene:
 
     @property
     def size(self) -> int:
-        return min(self.frame.left.shape[-1], self.frame.right.shape[-2])
+        return min(self.cores.m, self.cores.n)
 
     def total(self) -> ThinSVD:
         """The SVD of the weighted sum."""
@@ -64,12 +64,12 @@ class Scene:
         return task_triplets(self.cores, self.floors, self.dtype)
 
 
-def _scene(stack: UpdateStack, ctx: Context) -> Scene:
+def _scene(stack: UpdateStack, ctx: Context, dtype: torch.dtype | None = None) -> Scene:
     stack, weights = weighted(stack, ctx)
-    frame = joint_frame(stack)
+    frame = joint_frame(stack, dtype)
     cores = frame.cores.scaled(torch.tensor(weights, dtype=torch.float64))
-    floors = noise_floors(cores, stack.like.dtype)
-    return Scene(frame, cores, floors, torch.linalg.vector_norm(floors, dim=-1), stack.like.dtype)
+    floors = noise_floors(cores, frame.dtype)
+    return Scene(frame, cores, floors, torch.linalg.vector_norm(floors, dim=-1), frame.dtype)
 
 
 def _denominator(scene: Scene, ctx: Context, reach: Tensor | None = None) -> int | Tensor | None:
@@ -77,7 +77,7 @@ def _denominator(scene: Scene, ctx: Context, reach: Tensor | None = None) -> int
     if ctx.params.iso_denominator == "rank":
         return None
     if ctx.params.iso_denominator == "full":
-        return min(scene.frame.left.shape[-2], scene.frame.right.shape[-1])
+        return min(scene.frame.shape)
     return core_dimension(scene.parts()) if reach is None else reach
 
 
@@ -104,7 +104,7 @@ def merge_iso_cts(stack: UpdateStack, ctx: Context) -> Merged:
     assert isinstance(ctx.params, IsoCtsParams)
     # The whitened directions are nearly dependent by construction: one may hang on the last digits of the
     # factors, so that the frame is found in float64 whatever their dtype.
-    scene = _scene(stack.to(torch.float64), ctx)
+    scene = _scene(stack, ctx, torch.float64)
     T, fraction = scene.cores.T, ctx.params.common_space_fraction
     parts = scene.parts()
     reach = core_dimension(parts)
@@ -115,7 +115,7 @@ def merge_iso_cts(stack: UpdateStack, ctx: Context) -> Merged:
     common = total.where(_first(total, k))
     stacked = join([common, *_residuals(scene, parts, common, s, most_s)])
     values = flat_spectrum(stacked.S, stacked.alive, _denominator(scene, ctx, reach))
-    return lifted(scene.frame, whitened(stacked, values).svd, ctx, stack.like.dtype)
+    return lifted(scene.frame, whitened(stacked, values).svd, ctx)
 
 
 def _residuals(scene: Scene, parts: list[Triplets], common: Triplets, s: Tensor, most: int) -> list[Triplets]:

@@ -163,7 +163,7 @@ def test_drm_of_opposite_tasks_is_finite_and_small() -> None:
     for method in DIRECTIONS:
         result = merged(method, stack, {"density": 1.0, "lambda": 1.0})
         assert torch.isfinite(result).all()
-        assert result.norm() <= (B @ A).norm()
+        assert result.norm() <= (B @ A).norm() * (1 + 1e-12)  # the bound can be reached
 
 
 def test_drm_of_nothing_is_nothing() -> None:
