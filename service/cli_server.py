@@ -45,11 +45,11 @@ def add_commands(commands: Any) -> None:
 
 def _up(args: argparse.Namespace) -> int:
     options = {"HOST": args.host, "PORT": args.port, "DATA_DIR": args.data}
-    _become_workers("up", options)
+    _become_workers("up", options, debug=args.debug)
 
 
-def _worker(_args: argparse.Namespace) -> int:
-    _become_workers("worker", {})
+def _worker(args: argparse.Namespace) -> int:
+    _become_workers("worker", {}, debug=args.debug)
 
 
 def _serve(args: argparse.Namespace) -> int:
@@ -61,13 +61,12 @@ def _serve(args: argparse.Namespace) -> int:
     return 0
 
 
-def _become_workers(role: str, options: dict[str, object]) -> NoReturn:
+def _become_workers(role: str, options: dict[str, object], *, debug: bool) -> NoReturn:
     """Replace this process by ``python -m workers ROLE``, options given as settings."""
     environment = dict(os.environ)
     for name, value in options.items():
         if value is not None:
             environment[f"MERGANSER_{name}"] = str(value)
-    debug = ["--debug"] if "--debug" in sys.argv else []
-    command = [sys.executable, "-m", "workers", role, *debug]
+    command = [sys.executable, "-m", "workers", role, *["--debug"] * debug]
     sys.stdout.flush()
     os.execve(sys.executable, command, environment)

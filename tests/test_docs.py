@@ -46,7 +46,8 @@ def test_example_recipes_name_real_methods_and_adapters(path: Path) -> None:
 )
 def test_recipes_in_the_pages_are_valid(page: Path) -> None:
     for text in recipes_in(page):
-        catalog.resolve(Recipe.parse(text, name=page.name))
+        resolved = catalog.resolve(Recipe.parse(text, name=page.name))
+        assert resolved.method.name in catalog.names()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
