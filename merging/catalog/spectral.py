@@ -95,7 +95,8 @@ METHODS = (
         kernel="merging.methods.tsv:tsv",
         auto_norm=1.7,
         presets={"paper": {}},
-        notes=SPACE_FREE + "A model of weight 0 is left out altogether; copies of one model count once.",
+        notes=SPACE_FREE
+        + "A model of weight 0 is left out altogether. Two copies of one model give that model.",
     ),
     Method(
         name="iso_c",
