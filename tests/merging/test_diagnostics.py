@@ -216,6 +216,21 @@ def test_the_gap_is_that_of_gaussian_inputs() -> None:
         torch.testing.assert_close(gap[t], (difference @ x).abs().mean(), rtol=2e-3, atol=0.0)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("make", [mean_update, as_svd, outside], ids=lambda make: make.__name__)
+def test_a_device_finds_the_same(make: Callable[[UpdateStack], LowRank]) -> None:
+    stack = build_stack((3, 5, 4), 200, 150)
+    there = UpdateStack(
+        stack.names, stack.tasks, tuple(B.cuda() for B in stack.B), tuple(A.cuda() for A in stack.A)
+    )
+    B, A = make(stack).factors()
+    expected = found(measured(stack, make(stack)))
+    for name, value in found(measured(there, LowRank(B.cuda(), A.cuda()))).items():
+        torch.testing.assert_close(
+            value, expected[name], equal_nan=True, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
 # Sampling
 
 
