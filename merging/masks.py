@@ -21,10 +21,14 @@ FULL = 1 << 32
 
 
 class MaskStream:
-    """Bernoulli masks of a batch, ``(G, T, rows, cols)``, handed out in row order."""
+    """Bernoulli masks of a batch, ``(G, T, rows, cols)``, handed out in row order.
 
-    def __init__(self, stack: UpdateStack, ctx: Context, cols: int) -> None:
-        self._cols = cols
+    Of the rows of module ``g`` only the first ``widths[g]`` columns use up random numbers; columns that pad
+    a frame are kept.
+    """
+
+    def __init__(self, stack: UpdateStack, ctx: Context, widths: Sequence[int]) -> None:
+        self._widths = widths
         self._bits = [
             [task_bits(ctx.seed, ctx.digests[task], name) for task in stack.tasks] for name in stack.names
         ]
@@ -34,20 +38,24 @@ class MaskStream:
 
         ``probability`` of a one: a number per task, or one per entry in the shape of ``x``.
         """
-        masks = torch.empty(x.shape, dtype=x.dtype)
-        cuts = probability.cpu() if isinstance(probability, Tensor) else probability
-        for g, row in enumerate(self._bits):
+        masks = torch.ones(x.shape, dtype=x.dtype)
+        chances = probability.cpu() if isinstance(probability, Tensor) else probability
+        for g, (row, width) in enumerate(zip(self._bits, self._widths, strict=True)):
             for t, bits in enumerate(row):
-                cut = cuts[g, t].double().numpy() if isinstance(cuts, Tensor) else cuts[t]
-                self._fill(masks[g, t].numpy(), bits, cut)
+                mask = masks[g, t, :, :width].numpy()
+                if isinstance(chances, Tensor):
+                    _fill(mask, bits, chances[g, t, :, :width].double().numpy())
+                else:
+                    _fill(mask, bits, chances[t])
         return masks.to(x.device)
 
-    def _fill(self, mask: np.ndarray, bits: np.random.SFC64, probability: np.ndarray | float) -> None:
-        rows, cols = mask.shape
-        drawn = bits.random_raw(rows * ((cols + 1) // 2)).view(np.uint32).reshape(rows, -1)[:, :cols]
-        if isinstance(probability, np.ndarray):
-            np.less(drawn, probability * FULL, out=mask, casting="unsafe")
-        elif probability >= 1.0:
-            mask.fill(1.0)
-        else:
-            np.less(drawn, np.uint32(probability * FULL), out=mask, casting="unsafe")
+
+def _fill(mask: np.ndarray, bits: np.random.SFC64, probability: np.ndarray | float) -> None:
+    rows, cols = mask.shape
+    drawn = bits.random_raw(rows * ((cols + 1) // 2)).view(np.uint32).reshape(rows, -1)[:, :cols]
+    if isinstance(probability, np.ndarray):
+        np.less(drawn, probability * FULL, out=mask, casting="unsafe")
+    elif probability >= 1.0:
+        mask.fill(1.0)
+    else:
+        np.less(drawn, np.uint32(probability * FULL), out=mask, casting="unsafe")

@@ -113,7 +113,7 @@ class Random(Sparsifier):
         densities = per_task(stack, ctx, "density")
 
         def dropping() -> Apply:
-            masks = MaskStream(stack, ctx, place.coordinates.n)
+            masks = MaskStream(stack, ctx, place.widths.tolist())
             return lambda x, start: x.mul_(masks.keep(x, densities))
 
         if not _param(ctx, "rescale"):
@@ -149,7 +149,7 @@ class RankedRandom(Sparsifier):
             return chance.clamp_min_(2.0**-32)
 
         def dropping() -> Apply:
-            masks = MaskStream(stack, ctx, n)
+            masks = MaskStream(stack, ctx, place.widths.tolist())
 
             def drop(x: Tensor, start: int) -> Tensor:
                 chance = chances(x)

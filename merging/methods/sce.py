@@ -65,24 +65,30 @@ def erased(x: Tensor, coefficients: Tensor, floor: float) -> Tensor:
 
 
 def _selected(place: spaces.Placement, stack: UpdateStack, ctx: Context) -> Tensor:
-    """Ones where the variance over the tasks is among the largest, ``(G, m, n)``; equal ones stay."""
+    """Ones where the variance over the tasks is among the largest, ``(G, m, n)``; equal ones stay.
+
+    Variances that rounding alone can make of equal entries count as zero, and as equal if they differ by
+    rounding only.
+    """
     assert isinstance(ctx.params, SceParams)
     weighted = weighting(ctx, stack, place.coordinates.like)
-    variance = in_blocks(place.coordinates, ctx, lambda x, start: _variance(weighted(x)))
-    flat = variance.flatten(1)
+    eps = torch.finfo(place.coordinates.like.dtype).eps
+    largest = place.coordinates.like.new_zeros(stack.G)
+
+    def variance(x: Tensor, start: int) -> Tensor:
+        x = weighted(x)
+        largest.copy_(torch.maximum(largest, x.abs().amax((-3, -2, -1))))
+        return x.sub_(x.mean(-3, keepdim=True)).square_().mean(-3)
+
+    found = in_blocks(place.coordinates, ctx, variance)
+    found.mul_(found.gt((64.0 * eps * largest).square_().view(-1, 1, 1)))
+    flat = found.flatten(1)
     k = ((flat > 0).sum(-1).double() * ctx.params.select_topk).long().clamp_min(1)
     if flat.device.type == "cpu":
         limits = torch.stack([kth_largest(row, int(count)) for row, count in zip(flat, k, strict=True)])
     else:
         limits = batched_kth_largest(flat.unsqueeze(1), k.unsqueeze(1)).squeeze(1)
-    return variance.ge_(limits.view(-1, 1, 1))
-
-
-def _variance(x: Tensor) -> Tensor:
-    """Population variance over the tasks; what rounding alone makes of equal entries counts as zero."""
-    noise = x.square().mean(-3).mul_((8.0 * torch.finfo(x.dtype).eps) ** 2)
-    variance = x.sub_(x.mean(-3, keepdim=True)).square_().mean(-3)
-    return variance.mul_(noise.lt_(variance))
+    return found.ge_((limits * (1.0 - 32.0 * eps)).view(-1, 1, 1))
 
 
 sce = Local(merge)

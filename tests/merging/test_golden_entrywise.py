@@ -22,7 +22,7 @@ def injected(monkeypatch: pytest.MonkeyPatch, masks: dict[str, Tensor]) -> None:
     """Replace the random streams by recorded keep-masks ``(T, rows, cols)`` per module."""
 
     class Recorded:
-        def __init__(self, stack: UpdateStack, ctx: object, cols: int) -> None:
+        def __init__(self, stack: UpdateStack, ctx: object, widths: object) -> None:
             self.mask = torch.stack([masks[name] for name in stack.names]).bool()
             self.at = 0
 

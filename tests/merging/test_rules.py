@@ -118,7 +118,7 @@ def stream(
     params = get("dare_linear").Params()
     G, T = len(names), len(digests)
     stack = UpdateStack(names, tuple(range(T)), (torch.zeros(G, 1, 1),) * T, (torch.zeros(G, 1, cols),) * T)
-    return MaskStream(stack, Context(params, (params,) * T, digests, seed=seed), cols)
+    return MaskStream(stack, Context(params, (params,) * T, digests, seed=seed), [cols] * G)
 
 
 @given(st.integers(1, 9), st.lists(st.integers(1, 4), min_size=1, max_size=4))
