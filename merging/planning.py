@@ -168,20 +168,21 @@ def _check_method(resolved: Resolved, recipe: Recipe, batches: tuple[Batch, ...]
 
 
 def _check_family(resolved: Resolved, recipe: Recipe, table: Compatibility) -> None:
-    """What needs the layer names of the base is for PEFT adapters only."""
-    if table.family == "peft":
+    """What needs the layers' names in the base is for PEFT adapters of layers only."""
+    if table.family == "peft" and not table.target_parameters:
         return
+    what = "PEFT adapters of bare parameters" if table.family == "peft" else f"{table.family} files"
     if recipe.output.format != "lora":
         raise InputError(
             "family_output_unsupported",
-            f"{table.family} files can only be merged into a LoRA, not into a {recipe.output.format}",
+            f"{what} can only be merged into a LoRA, not into a {recipe.output.format}",
             remedy="Set output.format to lora.",
             where={"field": "output.format"},
         )
     if resolved.method.contract.multi_output:
         raise InputError(
             "family_method_unsupported",
-            f"{resolved.method.name} is for PEFT adapters; these are {table.family} files",
+            f"{resolved.method.name} is for PEFT adapters of layers; these are {what}",
             where={"field": "merge_method"},
         )
 

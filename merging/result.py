@@ -13,6 +13,7 @@ from torch import Tensor
 
 from merging.card import model_card
 from merging.formats import peft_out
+from merging.formats.experts import join_factors, stored_pairs
 from merging.formats.families import FAMILIES
 from merging.formats.image_out import common_alpha
 from merging.formats.writer import TensorSpec, write_safetensors
@@ -95,7 +96,9 @@ def write_text(path: Path, text: str) -> str:
 def result_modules(findings: Findings) -> list[peft_out.ResultModule]:
     """The modules of the result by name, with the ranks that are written."""
     prepared = findings.prepared
-    ranks = peft_out.result_ranks({module["name"]: module["rank"] for module in findings.modules})
+    written = {module["name"]: module["rank"] for module in findings.modules}
+    experts = {name: expert for name in written if (expert := prepared.module(name).expert) is not None}
+    ranks = peft_out.result_ranks(written, {name: expert.layer for name, expert in experts.items()})
     if prepared.recipe.output.uniform_rank and ranks:
         highest = max(ranks.values())
         ranks = dict.fromkeys(ranks, highest)
@@ -103,7 +106,9 @@ def result_modules(findings: Findings) -> list[peft_out.ResultModule]:
     for name in sorted(ranks):
         module = prepared.module(name)
         found.append(
-            peft_out.ResultModule(name, module.kind, module.m, module.n, ranks[name], module.weight_shape)
+            peft_out.ResultModule(
+                name, module.kind, module.m, module.n, ranks[name], module.weight_shape, experts.get(name)
+            )
         )
     return found
 
@@ -117,13 +122,15 @@ def _write_adapter(
     alpha = common_alpha(modules) if modules else 1
     full = full_tensors(prepared) if task is None else own_full_tensors(prepared, findings.tasks[0])
     prefix = "" if task is None else f"{task}/"
-    specs = [spec for module in modules for spec in family.specs(module, prepared.dtype)]
+    pairs = stored_pairs(modules)
+    specs = [spec for stored in pairs for spec in family.specs(stored, prepared.dtype)]
     specs += [spec for spec, _ in full]
 
     def tensors() -> Iterator[Tensor]:
-        for module in modules:
-            B, A = load_factors(spool, module, findings.lambda_, prefix)
-            yield from family.tensors(module, B, A, alpha)
+        for stored, parts in pairs.items():
+            factors = [load_factors(spool, module, findings.lambda_, prefix) for module in parts]
+            B, A = factors[0] if parts == (stored,) else join_factors(factors, parts[0].rank)
+            yield from family.tensors(stored, B, A, alpha)
         for _, make in full:
             yield make()
 
@@ -141,6 +148,7 @@ def _write_adapter(
         fan_in_fan_out=table.fan_in_fan_out,
         modules_to_save=table.modules_to_save if task is None else _own_modules(findings),
         anchored_targets=table.anchored_targets,
+        target_parameters=table.target_parameters,
     )
     return {**files, peft_out.CONFIG_NAME: peft_out.write_adapter_config(folder, config)}
 

@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import Literal, Protocol
 
 from merging.errors import InputError
-from merging.formats.families import common_family
+from merging.formats.families import common_family, common_parameters
 from merging.formats.image_meta import check_architecture
 from merging.formats.loaded import Adapter, Module
 from merging.formats.peft_config import AdapterConfig
@@ -58,6 +58,7 @@ class Compatibility:
     task_type: str | None
     fan_in_fan_out: bool
     anchored_targets: bool
+    target_parameters: tuple[str, ...]
     warnings: tuple[str, ...]
 
 
@@ -72,12 +73,13 @@ def check_compatible(
 
     Raises :class:`InputError`: ``mixed_families``, ``mixed_spellings``, ``base_model_mismatch``,
     ``missing_modules``, ``shape_mismatch``, ``layer_mismatch``, ``modules_to_save_choice``,
-    ``modules_to_save_missing``, ``no_adapters``.
+    ``modules_to_save_missing``, ``target_parameters_mismatch``, ``no_adapters``.
     """
     if not adapters:
         raise InputError("no_adapters", "there is no adapter to merge")
     warnings: list[str] = []
     family = common_family(adapters)
+    parameters = common_parameters(adapters)
     base, revision = _base(adapters, allow_base_mismatch, warnings)
     check_architecture(adapters, allow_base_mismatch, warnings)
     modules = _modules(adapters)
@@ -104,6 +106,7 @@ def check_compatible(
         task_type=tasks.pop() if len(tasks) == 1 else None,
         fan_in_fan_out=any(config.fan_in_fan_out for config in configs),
         anchored_targets=any(map(_anchored, configs)),
+        target_parameters=parameters,
         warnings=tuple(warnings),
     )
 

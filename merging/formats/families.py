@@ -85,6 +85,24 @@ def common_family(adapters: Sequence[Adapter]) -> str:
     return family
 
 
+def common_parameters(adapters: Sequence[Adapter]) -> tuple[str, ...]:
+    """The bare parameters that are adapted, the same in every adapter as PEFT demands.
+
+    Raises ``target_parameters_mismatch``.
+    """
+    stated = [tuple(sorted(set((a.config and a.config.target_parameters) or ()))) for a in adapters]
+    for adapter, own in zip(adapters, stated, strict=True):
+        if own != stated[0]:
+            raise InputError(
+                "target_parameters_mismatch",
+                f"{adapters[0].label} and {adapter.label} differ in target_parameters: "
+                f"{', '.join(stated[0][:10]) or 'none'} and {', '.join(own[:10]) or 'none'}",
+                remedy="Merge only adapters with the same target_parameters",
+                where={"model": adapter.label, "field": "target_parameters"},
+            )
+    return stated[0]
+
+
 def _check_spellings(adapters: Sequence[Adapter]) -> None:
     """One denoiser must not appear under the names of two codebases, or nothing would be merged."""
     found: dict[bool, tuple[Adapter, str]] = {}

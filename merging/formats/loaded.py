@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import math
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType, TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from merging.errors import InputError
+from merging.formats.experts import Expert, slice_factors
 from merging.formats.guard import TensorInfo
 from merging.formats.peft_config import AdapterConfig
 from merging.formats.peft_keys import Kind
@@ -30,6 +32,7 @@ class Module:
     transpose of the delta. For a convolution n = in * kh * kw. ``weight_shape`` is that of the base
     weight as stored; ``key_A`` and ``key_B`` are the keys in the file. With a Tucker core ``key_mid``
     (rank, rank, kh, kw) the stored A is a 1x1 convolution, and A is the core times it.
+    With ``expert`` the keys hold the factors of all experts.
     """
 
     name: str
@@ -44,6 +47,7 @@ class Module:
     key_A: str  # noqa: N815
     key_B: str  # noqa: N815
     key_mid: str | None = None
+    expert: Expert | None = None
 
 
 class Adapter:
@@ -82,6 +86,8 @@ class Adapter:
         )
         self._files = files
         self._weights = weights
+        self._pair: tuple[str, Any, Any] = ("", None, None)
+        self._pair_lock = threading.Lock()
 
     @cached_property
     def digest(self) -> str:
@@ -117,7 +123,7 @@ class Adapter:
         root = math.sqrt(abs(module.scale))
         parts = []
         for key, factor in ((module.key_B, math.copysign(root, module.scale)), (module.key_A, root)):
-            stored = self._weights.tensor(key)
+            stored = self._stored(module, key)
             part = stored.flatten(1).to(device=device, dtype=dtype)  # ours alone, cast or not
             if key == module.key_A and module.key_mid is not None:
                 # delta = up[o,s] mid[s,t,h,w] down[t,i]: the core folds into A, (r, in * kh * kw)
@@ -126,6 +132,20 @@ class Adapter:
             parts.append(part if factor == 1.0 else part.mul_(factor))
             self._check_finite(parts[-1], key, module.name)
         return parts[0], parts[1]
+
+    def _stored(self, module: Module, key: str) -> torch.Tensor:
+        """The factor under ``key``; the experts of a pair are cut from one reading of it."""
+        if module.expert is None:
+            return self._weights.tensor(key)
+        import torch
+
+        with self._pair_lock:
+            if self._pair[0] != module.expert.owner:
+                B, A = self._weights.tensor(module.key_B), self._weights.tensor(module.key_A)
+                self._pair = (module.expert.owner, B, A)
+            _, B, A = self._pair
+        own = slice_factors(module.expert, B, A)
+        return own[0 if key == module.key_B else 1].clone(memory_format=torch.contiguous_format)
 
     def full_tensor(self, name: str) -> torch.Tensor:
         """A tensor of ``full_tensors`` in its stored dtype. Raises ``non_finite_tensor``."""
@@ -137,6 +157,7 @@ class Adapter:
 
     def close(self) -> None:
         """Close the weights file."""
+        self._pair = ("", None, None)
         self._weights.close()
 
     def __enter__(self) -> Self:

@@ -47,11 +47,6 @@ _REFUSED: Mapping[str, tuple[str, str, str | None]] = {
         "an activated LoRA only acts on some tokens and cannot be merged",
         None,
     ),
-    "target_parameters": (
-        "target_parameters_unsupported",
-        "LoRA on bare parameters (mixture-of-experts weights) is not supported",
-        None,
-    ),
     "layer_replication": (
         "layer_replication_unsupported",
         "its layer numbers refer to a replicated stack of layers",
@@ -111,6 +106,7 @@ class AdapterConfig(BaseModel):
     layers_to_transform: _Indices | _Index | None = None
     layers_pattern: _Names | Annotated[str, Field(max_length=1024)] | None = None
     modules_to_save: _Names | None = None
+    target_parameters: _Names | None = None
     bias: Literal["none", "all", "lora_only"] = "none"
     fan_in_fan_out: bool = False
     base_model_name_or_path: _Text | None = None

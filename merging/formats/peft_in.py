@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 
+from merging.formats.experts import MAX_EXPERTS, Expert, depth, layer_of, parameters_of
 from merging.formats.guard import Header
 from merging.formats.loaded import Adapter, Module
 from merging.formats.peft_config import AdapterConfig, parse_adapter_config
@@ -44,7 +46,14 @@ def read(source: Source, header: Header, label: str) -> Adapter:
     pairs, full, notes = _sort_keys(header, file)
     reader = _Reader(file, header, config)
     reader.check_full(full)
-    modules = {name: reader.module(name, roles) for name, roles in sorted(pairs.items())}
+    reader.check_targets()
+    modules: dict[str, Module] = {}
+    for name, roles in sorted(pairs.items()):
+        for module in reader.modules(name, roles):
+            if module.name in modules:
+                fail("duplicate_module", file, module.name, "is stored under two names")
+            modules[module.name] = module
+    reader.check_parameters(modules)
     warnings = [*source.notes, *config.notes, *notes, *_untargeted(modules, config)]
     silent = [name for name, module in modules.items() if module.scale == 0]
     if silent:
@@ -70,7 +79,9 @@ def _untargeted(modules: Mapping[str, Module], config: AdapterConfig) -> list[st
         return []
     targets = frozenset(config.target_modules)
     left_out = []
-    for name in modules:
+    for name, module in modules.items():
+        if module.expert is not None:
+            continue
         segments = config_path(name).split(".")
         if not any(".".join(segments[start:]) in targets for start in range(len(segments))):
             left_out.append(name)
@@ -116,11 +127,56 @@ class _Reader(Shapes):
     def __init__(self, file: str, header: Header, config: AdapterConfig) -> None:
         super().__init__(file, header.tensors)
         self.config = config
+        self.experts = 0
 
-    def module(self, name: str, roles: Mapping[Role, str]) -> Module:
-        """Check the pair of a module and describe it."""
-        if name.endswith(".base_layer"):
-            self.fail("target_parameters_unsupported", name, "wraps a bare parameter twice")
+    def modules(self, name: str, roles: Mapping[Role, str]) -> list[Module]:
+        """The module of a pair, or one for each expert if it adapts a bare parameter."""
+        targets = self.config.target_parameters or ()
+        parameters = parameters_of(layer_of(name), targets)
+        if not parameters:
+            if depth(name):
+                self.fail("target_parameters_unsupported", name,
+                          f"wraps a bare parameter that {CONFIG_NAME} does not name")  # fmt: skip
+            return [self.module(name, roles, config_path(name), 1)]
+        if depth(name) >= len(parameters) or self.config.fan_in_fan_out:
+            self.fail("target_parameters_unsupported", name, "does not fit target_parameters "
+                      f"({', '.join(targets[:10])})")  # fmt: skip
+        settings = {(self.config.rank_of(path), self.config.scale_of(path)) for path in parameters}
+        if len(settings) > 1:
+            self.fail("target_parameters_unsupported", name, "has parameters of different rank or alpha, and "
+                      "the file does not say which is which",
+                      remedy="Give the parameters of one layer the same rank and alpha")  # fmt: skip
+        rank = settings.pop()[0]
+        stored = self.tensors[roles["A"]].shape if "A" in roles else ()
+        count = max(1, (stored[0] if stored else 1) // rank)
+        self.experts += count
+        if self.experts > MAX_EXPERTS:
+            self.fail("target_parameters_unsupported", name, f"brings the experts to more than {MAX_EXPERTS}")
+        pair = self.module(name, roles, parameters[0], count)
+        if pair.kind != "linear":
+            self.fail("target_parameters_unsupported", name, f"adapts a parameter as {pair.kind}")
+        experts = (Expert(name, index, count) for index in range(count))
+        return [replace(pair, name=expert.name, rank=rank, expert=expert) for expert in experts]
+
+    def check_targets(self) -> None:
+        """A parameter without its layer could be anywhere."""
+        for target in self.config.target_parameters or ():
+            if "." not in target:
+                fail("target_parameters_unsupported", CONFIG_NAME, None,
+                     f"has {target[:200]!r} in target_parameters, which names no layer",
+                     remedy="Write it as layer.parameter")  # fmt: skip
+
+    def check_parameters(self, modules: Mapping[str, Module]) -> None:
+        """Every entry of ``target_parameters`` must name a layer that is there."""
+        layers = sorted({module.expert.layer for module in modules.values() if module.expert is not None})
+        for target in self.config.target_parameters or ():
+            if not any(parameters_of(layer, (target,)) for layer in layers):
+                fail("target_parameters_unsupported", self.file, None,
+                     f"holds nothing for {target[:200]!r} of target_parameters",
+                     remedy="Name only the parameters that were trained")  # fmt: skip
+
+    def module(self, name: str, roles: Mapping[Role, str], path: str, count: int) -> Module:
+        """Check the pair of a module (``count`` experts); ``path`` is its name in the patterns."""
         embedding = "embedding_A" in roles or "embedding_B" in roles
         expected: tuple[Role, Role] = ("embedding_A", "embedding_B") if embedding else ("A", "B")
         missing = [role for role in expected if role not in roles]
@@ -135,8 +191,7 @@ class _Reader(Shapes):
         else:
             rank, shape = self.conv(name, info_A.shape, info_B.shape)
             m, n = shape[0], math.prod(shape[1:])
-        path = config_path(name)
-        stated = self.config.rank_of(path)
+        stated = self.config.rank_of(path) * count
         if stated != rank:
             self.fail("rank_mismatch", name, f"has rank {rank} in the weights and {stated} in "
                       f"{CONFIG_NAME}")  # fmt: skip

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from merging.errors import InputError
+from merging.formats.experts import Expert, parameters_of
 from merging.formats.peft_in import HEADS
 from merging.formats.peft_keys import PREFIX, Kind, config_path, factor_keys
 from merging.formats.source import CONFIG_NAME, WEIGHTS_NAME
@@ -58,19 +59,22 @@ class ResultModule:
     n: int
     rank: int
     weight_shape: tuple[int, ...]
+    expert: Expert | None = None
 
 
-def result_ranks(ranks: Mapping[str, int]) -> dict[str, int]:
+def result_ranks(ranks: Mapping[str, int], layers: Mapping[str, str] | None = None) -> dict[str, int]:
     """The ranks to write, given those that the merge needs: at least 1, and what PEFT can express.
 
     PEFT gives both projections of a ``nn.MultiheadAttention`` one rank; the lower one is raised and its
-    factors are padded with zeros.
+    factors are padded with zeros. So are those of the experts of a layer; ``layers`` names the layer of
+    each module that is an expert.
     """
     paths: dict[str, int] = {}
+    layers = layers or {}
     for name, rank in ranks.items():
-        path = config_path(name)
+        path = layers.get(name) or config_path(name)
         paths[path] = max(rank, paths.get(path, 1))
-    return {name: paths[config_path(name)] for name in ranks}
+    return {name: paths[layers.get(name) or config_path(name)] for name in ranks}
 
 
 def factor_specs(module: ResultModule, dtype: str) -> tuple[TensorSpec, TensorSpec]:
@@ -109,6 +113,7 @@ def adapter_config(
     fan_in_fan_out: bool = False,
     modules_to_save: Sequence[str] = (),
     anchored_targets: bool = False,
+    target_parameters: Sequence[str] = (),
 ) -> dict[str, Any]:
     """The fields of ``adapter_config.json`` for a result with these modules.
 
@@ -122,10 +127,16 @@ def adapter_config(
     if not modules:
         raise InputError("empty_result", "the result has no modules")
     ranks: dict[str, int] = {}
+    names: list[str] = []
     for module in modules:
-        path = config_path(module.name)
-        if module.rank < 1 or ranks.setdefault(path, module.rank) != module.rank:
-            raise ValueError(f"module {module.name} cannot have rank {module.rank}")
+        paths = [config_path(module.name)]
+        if module.expert is not None:
+            paths = parameters_of(module.expert.layer, target_parameters)
+        elif paths[0] not in ranks:
+            names += paths
+        for path in paths:
+            if module.rank < 1 or ranks.setdefault(path, module.rank) != module.rank:
+                raise ValueError(f"module {module.name} cannot have rank {module.rank}")
     counts = Counter(ranks.values())
     rank = max(counts, key=lambda value: (counts[value], value))
     pattern = {f"^{re.escape(path)}": value for path, value in ranks.items() if value != rank}
@@ -151,7 +162,8 @@ def adapter_config(
         "r": rank,
         "rank_pattern": dict(pattern),
         "revision": revision,
-        "target_modules": _targets(sorted(ranks), anchored_targets),
+        "target_modules": _targets(sorted(names), anchored_targets) if names else [],
+        "target_parameters": sorted(target_parameters) or None,
         "task_type": task_type,
         "use_dora": False,
         "use_rslora": False,

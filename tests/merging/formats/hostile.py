@@ -151,6 +151,8 @@ def _modules() -> Iterator[Case]:
     yield _tensors("same_module_twice", {**pair, **wrapped}, "duplicate_module")
     yield _tensors("tensor_unexplained", {**pair, f"{PREFIX}norm.weight": (3,)}, "unknown_tensor")
     yield _tensors("bias_trained", {**pair, f"{PREFIX}layers.0.q.bias": (4,)}, "bias_unsupported", bias="all")
+    many = {f"{module[:-2]}.x.lora_A.weight": (100_001, 1), f"{module[:-2]}.x.lora_B.weight": (1, 100_001)}
+    yield _tensors("experts_very_many", many, "target_parameters_unsupported", r=1, target_parameters=["x.w"])
     nested = {key.replace(".q.", ".experts.base_layer."): shape for key, shape in PAIR.items()}
     yield _tensors("expert_parameters", nested, "target_parameters_unsupported")
     for tail, code in {
