@@ -8,13 +8,17 @@ from typing import Annotated
 
 import redis
 from fastapi import Depends, Query, Request
+from fastapi.concurrency import run_in_threadpool
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from redis.asyncio import Redis as AsyncRedis
 
+from service.auth import ANYONE, Keys, Principal, Scope
 from service.broker import connect, connect_async
+from service.errors import Forbidden, Unauthorized
 from service.jobs import Jobs
 from service.quota import Quota
 from service.registry import Registry
-from service.settings import LOCAL_TENANT, Settings
+from service.settings import Settings
 from service.sources import Sources
 from service.storage import Storage
 
@@ -31,6 +35,7 @@ class Services:
     jobs: Jobs
     sources: Sources
     quota: Quota
+    keys: Keys
     closing: asyncio.Event = field(default_factory=asyncio.Event)
 
     @classmethod
@@ -43,7 +48,8 @@ class Services:
         sources = Sources(registry, jobs, storage)
         events = connect_async(settings)
         quota = Quota(events, settings.max_tenant_bytes)
-        return cls(settings, connection, events, storage, registry, jobs, sources, quota)
+        keys = Keys(storage)
+        return cls(settings, connection, events, storage, registry, jobs, sources, quota, keys)
 
     async def close(self) -> None:
         """Give the connections back."""
@@ -58,13 +64,60 @@ def services(request: Request) -> Services:
     return found
 
 
-def tenant() -> str:
-    """The tenant of the request. Without keys there is one."""
-    return LOCAL_TENANT
-
-
 ServicesDep = Annotated[Services, Depends(services)]
+_bearer = HTTPBearer(
+    auto_error=False, scheme_name="key", description="A key of `merganser keys create`: `mk_...`"
+)
+
+
+async def principal(
+    request: Request,
+    services: ServicesDep,
+    given: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)],
+) -> Principal:
+    """Who sent the request. Raises ``key_missing``, ``key_invalid``."""
+    if services.settings.auth == "off":
+        return ANYONE
+    if given is None:
+        raise Unauthorized(
+            "key_missing", "this service needs a key", remedy="Send the header Authorization: Bearer mk_..."
+        )
+    known, found = services.keys.cached(given.credentials)
+    if not known:
+        found = await run_in_threadpool(services.keys.identify, given.credentials)
+    if found is None:
+        raise Unauthorized("key_invalid", "the key is unknown or was revoked")
+    return found
+
+
+PrincipalDep = Annotated[Principal, Depends(principal)]
+
+
+def demand(found: Principal, scope: Scope) -> str:
+    """The tenant of someone who holds a scope. Raises ``scope_missing``."""
+    if not found.may(scope):
+        raise Forbidden("scope_missing", f"the key does not have the scope {scope!r}")
+    return found.tenant
+
+
+def tenant(request: Request, found: PrincipalDep) -> str:
+    """The tenant of the request: looking needs the scope ``read``, everything else ``write``."""
+    return demand(found, "read" if request.method in ("GET", "HEAD") else "write")
+
+
+def reader(found: PrincipalDep) -> str:
+    """The tenant of a request that changes nothing, whatever its method."""
+    return demand(found, "read")
+
+
+def administrator(found: PrincipalDep) -> str:
+    """The tenant of a request that needs the scope ``admin``."""
+    return demand(found, "admin")
+
+
 TenantDep = Annotated[str, Depends(tenant)]
+ReaderDep = Annotated[str, Depends(reader)]
+AdminDep = Annotated[str, Depends(administrator)]
 Limit = Annotated[int, Query(ge=1, le=200, description="Most items of a page")]
 Cursor = Annotated[
     str | None, Query(max_length=1024, description="`next_cursor` of the page before, unchanged")

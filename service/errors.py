@@ -23,6 +23,18 @@ class Conflict(ServiceError):
     status = 409
 
 
+class Unauthorized(ServiceError):
+    """The request needs a key, or another one."""
+
+    status = 401
+
+
+class Forbidden(ServiceError):
+    """The key of the request does not allow this."""
+
+    status = 403
+
+
 class TooLarge(ServiceError):
     """The request's content is larger than allowed."""
 

@@ -36,7 +36,8 @@ class Settings(BaseSettings):
     data_dir: Path = Field(default_factory=default_data_dir)
     host: str = "127.0.0.1"
     port: int = Field(default=8642, ge=0, le=65535)
-    auth: Literal["off"] = "off"
+    auth: Literal["keys", "off"] = "keys"
+    """Where nothing is said: ``off`` for a service that only its own machine reaches, else ``keys``."""
     devices: str = "auto"
     """``auto``, or a comma-separated list of ``cpu``, ``cuda``, ``cuda:0``, ... : one worker for each."""
     max_upload_bytes: int = Field(default=16 * GIB, gt=0)
@@ -64,6 +65,17 @@ class Settings(BaseSettings):
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
             raise ValueError("must look like https://host[:port][/prefix]")
         return value.rstrip("/")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _keys_unless_private(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("auth") is None:
+            names = [data.get("host") or "127.0.0.1"]
+            if data.get("public_url"):
+                names.append(urlsplit(str(data["public_url"])).hostname or "")
+            private = all(is_loopback(str(name)) for name in names)
+            data = {**data, "auth": "off" if private else "keys"}
+        return data
 
     @model_validator(mode="after")
     def _open_only_on_loopback(self) -> Settings:

@@ -9,7 +9,7 @@ from fastapi import APIRouter, Body, Path, Query, Request, Response, status
 from merging.errors import MergeError
 from merging.recipe import Recipe
 from service.content import send
-from service.deps import Cursor, Limit, Services, ServicesDep, TenantDep
+from service.deps import Cursor, Limit, ReaderDep, Services, ServicesDep, TenantDep
 from service.documents import MergeRecord, MergeState, result_key
 from service.errors import Conflict, NotFound
 from service.gates import BODY_LIMIT
@@ -26,7 +26,7 @@ RecipeBody = Annotated[dict[str, Any], Body(description="A recipe")]
 
 
 @router.post("/plan", max_body_size=BODY_LIMIT)
-def plan_merge(services: ServicesDep, tenant: TenantDep, body: RecipeBody) -> dict[str, Any]:
+def plan_merge(services: ServicesDep, tenant: ReaderDep, body: RecipeBody) -> dict[str, Any]:
     """Check a recipe and estimate the work, without a job. No tensor is read beyond the headers."""
     return _plan(services, tenant, MergeRequest.read(body).recipe())[1]
 

@@ -8,19 +8,20 @@ from fastapi import APIRouter
 
 from merging import catalog
 from merging.errors import InputError
+from service.deps import ReaderDep
 from service.errors import NotFound
 
 router = APIRouter(prefix="/v1/methods", tags=["methods"])
 
 
 @router.get("")
-def list_methods() -> list[dict[str, Any]]:
+def list_methods(_tenant: ReaderDep) -> list[dict[str, Any]]:
     """All methods: name, title, summary, paper, contract, parameters (JSON schema), defaults."""
     return catalog.describe()
 
 
 @router.get("/{name}")
-def get_method(name: str) -> dict[str, Any]:
+def get_method(_tenant: ReaderDep, name: str) -> dict[str, Any]:
     """One method."""
     try:
         return catalog.describe(name)[0]

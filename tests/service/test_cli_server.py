@@ -14,11 +14,11 @@ import httpx
 import pytest
 
 
-def merganser(*arguments: str, tmp_path: Path) -> subprocess.CompletedProcess[str]:
+def merganser(*arguments: str, tmp_path: Path, **settings: str) -> subprocess.CompletedProcess[str]:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MERGANSER_")}
     return subprocess.run(
         [sys.executable, "-m", "service", *arguments],
-        env={**environment, "MERGANSER_DATA_DIR": str(tmp_path)},
+        env={**environment, "MERGANSER_DATA_DIR": str(tmp_path), **settings},
         check=False,
         capture_output=True,
         text=True,
@@ -36,7 +36,7 @@ def test_the_split_commands_need_a_redis(command: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("command", ["up", "serve"])
 def test_the_api_is_not_opened_to_the_network_without_keys(command: str, tmp_path: Path) -> None:
-    done = merganser(command, "--host", "0.0.0.0", "--port", "0", tmp_path=tmp_path)
+    done = merganser(command, "--host", "0.0.0.0", "--port", "0", tmp_path=tmp_path, MERGANSER_AUTH="off")
     assert done.returncode == 2
     assert done.stderr.endswith("[settings_invalid]\n")
 

@@ -22,8 +22,8 @@ def test_the_environment_is_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 @pytest.mark.parametrize(
     ("given", "variable"),
     [
-        ({"host": "0.0.0.0"}, "MERGANSER_HOST"),
-        ({"host": "example.org"}, "MERGANSER_HOST"),
+        ({"host": "0.0.0.0", "auth": "off"}, "MERGANSER_HOST"),
+        ({"host": "example.org", "auth": "off"}, "MERGANSER_HOST"),
         ({"port": 70000}, "MERGANSER_PORT"),
         ({"port": "http"}, "MERGANSER_PORT"),
         ({"redis_url": "http://x"}, "MERGANSER_REDIS_URL"),
@@ -37,6 +37,22 @@ def test_bad_values_name_their_variable(given: dict[str, object], variable: str)
         load_settings(**given)
     assert raised.value.code == "settings_invalid"
     assert raised.value.where["field"] == variable
+
+
+@pytest.mark.parametrize(
+    ("given", "auth"),
+    [
+        ({}, "off"),
+        ({"host": "::1"}, "off"),
+        ({"host": "0.0.0.0"}, "keys"),
+        ({"host": "example.org"}, "keys"),
+        ({"public_url": "http://localhost:8000"}, "off"),
+        ({"public_url": "https://merge.example.org"}, "keys"),
+        ({"auth": "keys"}, "keys"),
+    ],
+)
+def test_keys_are_needed_unless_only_this_machine_can_ask(given: dict[str, object], auth: str) -> None:
+    assert load_settings(**given).auth == auth
 
 
 @pytest.mark.parametrize(
