@@ -1,0 +1,1 @@
+"""Benchmarks: the merge step against its floor and against PEFT, and the quality of merged adapters."""
