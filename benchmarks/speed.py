@@ -71,7 +71,7 @@ def _result(case: Case, text: str, usage: resource.struct_rusage, wall: float) -
     found = {"process": total, "peak": float(usage.ru_maxrss * 1024)}
     if case.process:
         return {**found, "cpu": total, "wall": wall}
-    told = json.loads(text.splitlines()[-1])
+    told = json.loads(next(line for line in reversed(text.splitlines()) if line.startswith("{")))
     return {**found, "cpu": told["cpu"], "wall": told["wall"], "before": told["before"]}
 
 
