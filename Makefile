@@ -35,7 +35,7 @@ format: $(VENV)/.dev  ## rewrite the sources in the project's style
 	$(BIN)/ruff format .
 
 bench: $(VENV)/.dev  ## time the merge step against its floor and against PEFT
-	$(BIN)/python -m benchmarks
+	$(BIN)/python -m benchmarks $(BENCH_ARGS)
 
 openapi: $(VENV)/.dev  ## write openapi.yaml from the app
 	$(BIN)/python -m service.openapi
