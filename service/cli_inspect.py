@@ -91,7 +91,8 @@ def _module(module: Module) -> dict[str, Any]:
 
 
 def _leaf(module: Module) -> str:
-    return module.name.rpartition(".")[2]
+    name = module.name if module.expert is None else module.expert.layer  # not a line for each expert
+    return name.rpartition(".")[2]
 
 
 def _text(data: dict[str, Any]) -> str:

@@ -51,7 +51,7 @@ def read(source: Source, header: Header, label: str) -> Adapter:
     stated = header.metadata.get("ss_base_model_version")
     return Adapter(
         label=label,
-        path=source.folder,
+        path=source.weights if source.single else source.folder,
         format=FORMAT,
         files=source.files,
         weights=weights,

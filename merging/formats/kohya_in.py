@@ -39,7 +39,7 @@ def read(source: Source, header: Header, label: str) -> Adapter:
         warnings.append(f"alpha is 0 for {len(reader.zero)} modules, which kohya's scripts take as the rank")
     return Adapter(
         label=label,
-        path=source.folder,
+        path=source.weights if source.single else source.folder,
         format=FORMAT,
         files=source.files,
         weights=weights,

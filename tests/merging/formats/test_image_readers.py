@@ -7,9 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from formats.build import entries, pack
+from formats.hostile_images import KOHYA, NAMED
 from formats.image_files import deltas, kohya_layers, layer, write_kohya, write_named
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from merging.errors import InputError
+from merging.errors import InputError, MergeError
 from merging.formats.adapter import open_adapter
 
 PATH = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1"
@@ -203,3 +207,27 @@ def test_damaged_factors_are_found_when_they_are_read(tmp_path: Path) -> None:
     ):
         adapter.factors("lora_unet_a")
     assert caught.value.code == "non_finite_tensor"
+
+
+TAILS = ("lora_down.weight", "lora_up.weight", "lora_mid.weight", "alpha", "lora_A.weight", "lora_B", "diff")
+NAMES = ("lora_unet_a", "unet.a", "lora_.b", "unet", "x.processor.to_q_lora", "", ".", "unet..lora")
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_any_names_and_shapes_are_read_or_refused(
+    data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    shape = st.lists(st.integers(0, 3), max_size=4).map(tuple)
+    key = st.builds("{}.{}".format, st.sampled_from(NAMES), st.sampled_from(TAILS))
+    shapes = data.draw(st.dictionaries(key, shape, min_size=1, max_size=6))
+    path = tmp_path_factory.mktemp("fuzz") / "a.safetensors"
+    path.write_bytes(pack(entries({**data.draw(st.sampled_from(({}, KOHYA, NAMED))), **shapes})))
+    try:
+        with open_adapter(path) as adapter:
+            for name, module in adapter.modules.items():
+                B, A = adapter.factors(name)
+                assert (B.shape, A.shape) == ((module.m, module.rank), (module.rank, module.n))
+    except MergeError as error:
+        assert error.code
+        assert error.message.isprintable()
