@@ -46,7 +46,7 @@ class Against:
     values; ``k = 0`` where they were not computed. ``alignment (G, T)``: the subspace alignment ratio, with
     ``alignment_rank (G,)`` vectors. ``row_merged (G, s)``, ``row_cross``, ``row_inputs (G, s, T)``: squared
     lengths of sampled rows of the merged update, their products with those of the inputs, and the squared
-    lengths of the latter.
+    lengths of the latter, with a relative error of ``rounding (G,)``.
     """
 
     norm2: Tensor
@@ -57,6 +57,18 @@ class Against:
     row_merged: Tensor
     row_cross: Tensor
     row_inputs: Tensor
+    rounding: Tensor
+
+    def gap(self, factor: float) -> Tensor:
+        """``E |(factor M - delta_t) x|_1 / m`` for ``x ~ N(0, I)``; ``(T,)``, of one module.
+
+        That is ``sqrt(2 / pi)`` times the mean length of the rows of ``factor M - delta_t``. Its three parts
+        cancel where ``M`` is close to an input: rows that differ by less than rounding count as equal.
+        """
+        merged, inputs = factor**2 * self.row_merged.unsqueeze(-1), self.row_inputs
+        squares = merged - 2.0 * factor * self.row_cross + inputs
+        resolved = squares > self.rounding * (merged + inputs)
+        return math.sqrt(2.0 / math.pi) * torch.where(resolved, squares, 0.0).sqrt().mean(-2)
 
 
 def relate_merged(
@@ -103,17 +115,8 @@ def relate_merged(
         squares = (joined.left_gram * A_blocks).sum(-1) @ P
         alignment, kept = _alignment(singular, energies, squares, rule)
     row_cross = (row_products * input_rows) @ P
-    return Against(norm2, products, singular, alignment, kept, row_merged, row_cross, row_inputs)
-
-
-def output_gap(merged: Tensor, cross: Tensor, inputs: Tensor, factor: float) -> Tensor:
-    """``E |(factor M - delta_t) x|_1 / m`` for ``x ~ N(0, I)``; ``(..., T)`` from ``(..., s[, T])``.
-
-    That is ``sqrt(2 / pi)`` times the mean length of the rows of ``factor M - delta_t``. The three parts
-    cancel where ``M`` is close to an input: a gap below 1e-3 of the input's own size is rounding.
-    """
-    squares = factor**2 * merged.unsqueeze(-1) - 2.0 * factor * cross + inputs
-    return math.sqrt(2.0 / math.pi) * squares.clamp_min(0.0).sqrt().mean(-2)
+    rounding = torch.full_like(norm2, NOISE * torch.finfo(stack.like.dtype).eps)
+    return Against(norm2, products, singular, alignment, kept, row_merged, row_cross, row_inputs, rounding)
 
 
 @dataclass(frozen=True)

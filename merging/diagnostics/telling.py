@@ -14,7 +14,6 @@ from typing import Any
 
 from torch import Tensor
 
-from merging.diagnostics.against import output_gap
 from merging.diagnostics.facts import Facts
 from merging.diagnostics.spectra import NORMS, figures
 
@@ -48,8 +47,7 @@ class Measured:
         merged = self.facts.merged
         if merged is None:
             return {}
-        gap = output_gap(merged.row_merged, merged.row_cross, merged.row_inputs, factor)
-        return {"subspace_alignment": merged.alignment, "l1_gap": gap}
+        return {"subspace_alignment": merged.alignment, "l1_gap": merged.gap(factor)}
 
 
 def module_data(module: Measured, factor: float = 1.0) -> dict[str, Any]:

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from merging.diagnostics import Facts, measure
-from merging.diagnostics.against import output_gap
 from merging.diagnostics.telling import Measured, inputs_data, module_data
 from merging.lowrank import thin_svd
 from merging.updates import LowRank, UpdateStack
@@ -98,7 +97,7 @@ def reference(stack: UpdateStack, merged: Tensor) -> dict[str, Tensor]:
 def found(facts: Facts) -> dict[str, Tensor]:
     assert facts.merged is not None
     values = {**vars(facts.inputs), **vars(facts.entries), **vars(facts.merged)}
-    gap = output_gap(facts.merged.row_merged, facts.merged.row_cross, facts.merged.row_inputs, 1.0)
+    gap = facts.merged.gap(1.0)
     return {**values, "gap": gap, "cancellation": 1 - facts.entries.of_sum / facts.entries.of_parts}
 
 
@@ -111,8 +110,6 @@ def assert_agrees(facts: Facts, expected: dict[str, Tensor], tolerance: float) -
             assert not len(got) or float(value[width:].sum()) < 1e-9 * float(value[0])
             got, value = got[:width], value[:width]
         scale = max(1.0, float(value.abs().max())) if value.numel() else 1.0
-        if name == "gap":  # a difference of squares: exact to the root of rounding of the inputs' size
-            scale = float(facts.inputs.gram.diagonal().max().sqrt()) * tolerance**-0.5 * 0.1
         torch.testing.assert_close(
             got, value, rtol=tolerance, atol=tolerance * scale, msg=lambda text, name=name: f"{name}: {text}"
         )

@@ -28,7 +28,6 @@ from torch import Tensor
 
 from merging.compress import RankRule, compress
 from merging.diagnostics import measure
-from merging.diagnostics.against import output_gap
 from merging.diagnostics.inputs import null_space_ratio
 from merging.diagnostics.spectra import figures
 from merging.diagnostics.telling import Measured, inputs_data, module_data
@@ -92,7 +91,7 @@ def test_golden_merged(golden: dict[str, Tensor], dtype: torch.dtype, tolerance:
         "sar_k": merged.alignment_rank,
         "retention_vs_mean": merged.products / squares,
         "rel_error_vs_mean": error,
-        "l1gap_gauss_vs_mean": output_gap(merged.row_merged, merged.row_cross, merged.row_inputs, 1.0),
+        "l1gap_gauss_vs_mean": merged.gap(1.0),
     }
     for name, value in found.items():
         torch.testing.assert_close(
@@ -209,7 +208,7 @@ def test_the_gap_is_that_of_gaussian_inputs() -> None:
     stack = build_stack((3, 4), 20, 16)
     merged = measured(stack, outside(stack)).merged
     assert merged is not None
-    gap = output_gap(merged.row_merged, merged.row_cross, merged.row_inputs, 0.5)
+    gap = merged.gap(0.5)
     x = torch.randn(16, 200_000, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     for t in range(2):
         difference = 0.5 * outside(stack).dense()[0] - stack.task(t)[0]
@@ -229,6 +228,15 @@ def test_a_device_finds_the_same(make: Callable[[UpdateStack], LowRank]) -> None
         torch.testing.assert_close(
             value, expected[name], equal_nan=True, msg=lambda text, name=name: f"{name}: {text}"
         )
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_merge_that_is_one_of_its_inputs_has_no_gap_to_it(dtype: torch.dtype) -> None:
+    stack = build_stack((3, 4), 20, 16, dtype=dtype)
+    svd = thin_svd(LowRank(stack.B[1], stack.A[1])).balanced()
+    gap = found(measured(stack, svd))["gap"]
+    assert gap[1] == 0.0
+    assert gap[0] > 0.0
 
 
 # Sampling
