@@ -132,6 +132,13 @@ def test_thresholds_are_those_of_the_blocks_that_are_merged(
             assert float(found[j, 0, t]) == (float(ordered[0, t, rank - 1]) if rank else 0.0)
 
 
+def test_one_task_at_a_time_finds_the_same() -> None:
+    stack = random_stack(4, 300, 310, 3, kind="plain", dtype=torch.float32)
+    ranks = [[[1000, 0, 93_000]], [[0, 1, 7]]]
+    found = thresholds._by_task(stack, ranks, 1 << 20)
+    assert torch.equal(found, thresholds.thresholds(stack, ranks, 1 << 20))
+
+
 @pytest.mark.parametrize("end", ["too_low", "too_high"])
 def test_a_sample_that_misleads_costs_time_only(monkeypatch: pytest.MonkeyPatch, end: str) -> None:
     stack = random_stack(1, 700, 900, 2, kind="plain", dtype=torch.float32)
