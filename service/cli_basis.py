@@ -22,7 +22,7 @@ def add_commands(commands: Any) -> None:
     extend = commands.add_parser(
         "extend",
         help="add an adapter to a basis",
-        description="Project one more adapter onto a basis without a new fit. The other tasks stay as they are.",
+        description="Project one more adapter onto a basis without a new fit; the other tasks stay.",
     )
     extend.add_argument("basis", type=Path, metavar="BASIS", help="basis.safetensors")
     extend.add_argument("adapter", type=Path, metavar="ADAPTER", help="adapter directory")
