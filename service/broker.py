@@ -17,8 +17,10 @@ from service.settings import Settings
 TRANSIENT = (exceptions.ConnectionError, exceptions.TimeoutError, exceptions.BusyLoadingError)
 """What a restarting or unreachable server raises."""
 
-QUEUES = ("merges",)
-"""The work queues, the first one served first."""
+PRIORITIES = ("high", "normal", "low")
+NORMAL_QUEUE = "merges"
+QUEUES = ("merges-high", NORMAL_QUEUE, "merges-low")
+"""The work queues, one for each priority, the first one served first."""
 
 TASK = "workers.tasks.run_merge"
 """The job function, named and never imported here."""
@@ -100,3 +102,17 @@ def revisions_key(tenant: str, model: str) -> str:
 def staging_key(tenant: str, model: str) -> str:
     """Hash: path -> digest and size of the files uploaded for the next revision."""
     return f"mg:{tenant}:staging:{model}"
+
+
+def results_key(tenant: str) -> str:
+    """Hash: digest of a job -> the merge that did it."""
+    return f"mg:{tenant}:results"
+
+
+def idempotency_key(tenant: str, digest: str) -> str:
+    """String: what was asked for under an Idempotency-Key, and the merge that came of it."""
+    return f"mg:{tenant}:idempotency:{digest}"
+
+
+PACE = "mg:pace"
+"""String: seconds from start to end of a merge, a moving average."""

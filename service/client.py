@@ -98,10 +98,17 @@ class Client:
         """Check a recipe and estimate its work."""
         return self._object("POST", "/v1/merges/plan", json=dict(recipe))
 
-    def submit(self, recipe: Mapping[str, Any], *, name: str | None = None) -> dict[str, Any]:
-        """Queue a merge; its first state."""
+    def submit(
+        self, recipe: Mapping[str, Any], *, name: str | None = None, fresh: bool = False
+    ) -> dict[str, Any]:
+        """Queue a merge; its first state. ``fresh``: even if the same was done before."""
         body = {**recipe, "name": name} if name else dict(recipe)
-        return self._object("POST", "/v1/merges", json=body)
+        headers = {"Cache-Control": "no-cache"} if fresh else {}
+        return self._object("POST", "/v1/merges", json=body, headers=headers)
+
+    def cancel(self, merge_id: str) -> dict[str, Any]:
+        """Stop a merge; its state, which may still be ``cancelling``."""
+        return self._object("POST", f"/v1/merges/{merge_id}/cancel")
 
     def merge(self, merge_id: str) -> dict[str, Any]:
         """The present state of a merge."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Annotated
 
 import redis
@@ -15,6 +15,8 @@ from redis.asyncio import Redis as AsyncRedis
 from service.auth import ANYONE, Keys, Principal, Scope
 from service.broker import connect, connect_async
 from service.errors import Forbidden, Unauthorized
+from service.fanout import Fanout
+from service.idempotency import Idempotency
 from service.jobs import Jobs
 from service.quota import Quota
 from service.registry import Registry
@@ -36,7 +38,9 @@ class Services:
     sources: Sources
     quota: Quota
     keys: Keys
-    closing: asyncio.Event = field(default_factory=asyncio.Event)
+    idempotency: Idempotency
+    fanout: Fanout
+    closing: asyncio.Event
 
     @classmethod
     def open(cls, settings: Settings) -> Services:
@@ -49,7 +53,21 @@ class Services:
         events = connect_async(settings)
         quota = Quota(events, settings.max_tenant_bytes)
         keys = Keys(storage)
-        return cls(settings, connection, events, storage, registry, jobs, sources, quota, keys)
+        closing = asyncio.Event()
+        return cls(
+            settings=settings,
+            redis=connection,
+            events=events,
+            storage=storage,
+            registry=registry,
+            jobs=jobs,
+            sources=sources,
+            quota=quota,
+            keys=keys,
+            idempotency=Idempotency(events),
+            fanout=Fanout(events, closing),
+            closing=closing,
+        )
 
     async def close(self) -> None:
         """Give the connections back."""

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 MergeState = Literal["queued", "running", "cancelling", "succeeded", "failed", "cancelled"]
+Priority = Literal["high", "normal", "low"]
 STATES: tuple[MergeState, ...] = ("queued", "running", "cancelling", "succeeded", "failed", "cancelled")
 FINAL: tuple[MergeState, ...] = ("succeeded", "failed", "cancelled")
 
@@ -63,8 +64,15 @@ class MergeRecord(Document):
     name: str | None = None
     state: MergeState = "queued"
     recipe: dict[str, Any]
+    priority: Priority = "normal"
+    digest: str | None = None
+    """Of the job: equal digests, equal results."""
+    cached_from: str | None = None
+    retry_of: str | None = None
+    request_id: str | None = None
     created_at: str
     started_at: str | None = None
+    cancelling_at: str | None = None
     finished_at: str | None = None
     attempt: str | None = None
     attempts: int = 0

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import redis
@@ -17,20 +17,46 @@ from redis.commands.core import Script
 from rq import Queue, Retry
 from rq.serializers import JSONSerializer
 
+from merging.errors import Cancelled
 from merging.recipe import Recipe
-from service import transitions
-from service.broker import ACTIVE, QUEUES, TASK, UNSAVED, events_key, merge_key, merges_key, text
+from service import outlook, transitions
+from service.broker import (
+    ACTIVE,
+    PRIORITIES,
+    QUEUES,
+    TASK,
+    UNSAVED,
+    events_key,
+    merge_key,
+    merges_key,
+    results_key,
+    text,
+)
 from service.clock import millis, now
-from service.documents import MergeRecord, MergeResult, MergeState, record_key
-from service.errors import NotFound
+from service.documents import (
+    STATES,
+    MergeRecord,
+    MergeResult,
+    MergeState,
+    Priority,
+    attempts_prefix,
+    record_key,
+)
+from service.errors import Conflict, NotFound
 from service.paging import page
+from service.problems import describe
 from service.storage import Storage
 
 MAX_RETRIES = 5
 """How often a merge is started again after its worker died; input errors are never retried."""
 TIMEOUT_SECONDS = 24 * 3600
 _RESULT_SECONDS = 3600
-_MUTABLE = ("state", "started_at", "finished_at", "attempt", "phase", "message")
+_FIXED = (
+    *("id", "tenant", "name", "recipe", "priority", "digest", "cached_from", "retry_of", "request_id"),
+    "created_at",
+)
+_PAGES_SEARCHED = 20
+_MUTABLE = ("state", "started_at", "cancelling_at", "finished_at", "attempt", "phase", "message")
 
 
 class Jobs:
@@ -39,31 +65,51 @@ class Jobs:
     def __init__(self, connection: redis.Redis, storage: Storage) -> None:
         self._redis = connection
         self._storage = storage
-        self._queue = Queue(QUEUES[0], connection=connection, serializer=JSONSerializer)
+        self._queues = {
+            priority: Queue(name, connection=connection, serializer=JSONSerializer)
+            for priority, name in zip(PRIORITIES, QUEUES, strict=True)
+        }
         self._claim = connection.register_script(transitions.CLAIM)
         self._report = connection.register_script(transitions.REPORT)
         self._finish = connection.register_script(transitions.FINISH)
+        self._cancel = connection.register_script(transitions.CANCEL)
 
     # the API's side
 
-    def create(self, tenant: str, recipe: Recipe, *, name: str | None = None) -> MergeRecord:
-        """A new merge, queued. It is in storage before it is in Redis."""
-        record = MergeRecord(
-            id=f"mrg_{secrets.token_hex(16)}",
-            tenant=tenant,
-            name=name,
-            recipe=recipe.model_dump(mode="json"),
-            created_at=now(),
-        )
+    def create(self, tenant: str, recipe: Recipe, **more: Any) -> MergeRecord:
+        """A new merge, queued. ``more``: fields of the record."""
+        return self.submit(new_record(tenant, recipe, **more))
+
+    def submit(self, record: MergeRecord) -> MergeRecord:
+        """Queue a new record. It is in storage before it is in Redis."""
         self.save(record)
         self.enqueue(record)
         return record
+
+    def repeat(self, tenant: str, merge_id: str, **more: Any) -> MergeRecord:
+        """A new merge like one that failed or was cancelled. Raises ``merge_not_failed``."""
+        old = self.get(tenant, merge_id)
+        if old.state not in ("failed", "cancelled"):
+            raise Conflict(
+                "merge_not_failed",
+                f"the merge {merge_id} is {old.state}",
+                remedy="Only merges that failed or were cancelled can be repeated",
+            )
+        same = {"name": old.name, "priority": old.priority, "digest": old.digest, "retry_of": old.id}
+        return self.create(tenant, Recipe.load(old.recipe), **same, **more)
+
+    def entered(self, tenant: str, merge_id: str) -> bool:
+        """Whether a merge exists as a whole: it is in Redis, or it has ended."""
+        if self._redis.exists(merge_key(tenant, merge_id)):
+            return True
+        found = self.find(tenant, merge_id)
+        return found is not None and found.ended
 
     def enqueue(self, record: MergeRecord) -> None:
         """Enter a queued record into Redis and its job into the queue, all or nothing."""
         tenant, merge_id = record.tenant, record.id
         score = millis(record.created_at)
-        fixed = record.model_dump(mode="json", include={"id", "tenant", "name", "recipe", "created_at"})
+        fixed = record.model_dump(mode="json", include=set(_FIXED), exclude_none=True)
         with self._redis.pipeline(transaction=True) as pipe:
             pipe.multi()  # said first, or RQ would say it in the middle
             pipe.hset(
@@ -83,12 +129,14 @@ class Jobs:
             pipe.sadd(ACTIVE, f"{tenant}/{merge_id}")
             data = json.dumps({"state": "queued", "at": record.created_at})
             pipe.xadd(events_key(tenant, merge_id), {"event": "state", "data": data})
-            self.push(tenant, merge_id, pipe)
+            self.push(tenant, merge_id, record.priority, pipe)
             pipe.execute()
 
-    def push(self, tenant: str, merge_id: str, pipe: Pipeline | None = None) -> None:
-        """Put the job of a merge into the queue. Its payload is two ids."""
-        self._queue.enqueue_call(
+    def push(
+        self, tenant: str, merge_id: str, priority: Priority = "normal", pipe: Pipeline | None = None
+    ) -> None:
+        """Put the job of a merge into the queue of its priority. Its payload is two ids."""
+        self._queues[priority].enqueue_call(
             TASK,
             args=(tenant, merge_id),
             job_id=merge_id,
@@ -116,11 +164,94 @@ class Jobs:
         return None if data is None else MergeRecord.model_validate(data)
 
     def recent(
-        self, tenant: str, *, limit: int, cursor: str | None, state: MergeState | None
+        self,
+        tenant: str,
+        *,
+        limit: int,
+        cursor: str | None,
+        state: MergeState | None,
+        matches: Callable[[MergeRecord], bool] = lambda record: True,
     ) -> tuple[list[MergeRecord], str | None]:
-        """Merges, the newest first, and the cursor of the next page."""
-        ids, following = page(self._redis, merges_key(tenant, state), limit=limit, cursor=cursor)
-        return [record for merge_id in ids if (record := self.find(tenant, merge_id))], following
+        """Merges, the newest first, and the cursor of the next page.
+
+        With ``matches`` a page may be shorter than ``limit``; the cursor alone tells whether there is more.
+        """
+        key = merges_key(tenant, state)
+        for _ in range(_PAGES_SEARCHED):
+            ids, cursor = page(self._redis, key, limit=limit, cursor=cursor)
+            records = [record for merge_id in ids if (record := self.find(tenant, merge_id))]
+            found = [record for record in records if matches(record)]
+            if found or cursor is None:
+                break
+        return found, cursor
+
+    def cancel(self, tenant: str, merge_id: str) -> MergeRecord:
+        """Ask a merge to stop; asking again is fine. Raises ``merge_ended`` when it is too late.
+
+        One that nobody runs has ended at once. Otherwise its attempt stops at its next report, and the
+        reaper ends what does not.
+        """
+        record = self.get(tenant, merge_id)
+        moment, error = now(), describe(Cancelled())
+        answer = self._run(
+            self._cancel,
+            tenant,
+            merge_id,
+            moment,
+            json.dumps({"state": "cancelling", "at": moment}),
+            json.dumps({"state": "cancelled", "at": moment, "error": error}),
+            json.dumps(error),
+            f"{tenant}/{merge_id}",
+        )
+        if answer == "dequeued":
+            self._unqueue(merge_id)
+            self.settle(tenant, merge_id)
+        elif answer in ("succeeded", "failed") or (answer == "missing" and record.state != "cancelled"):
+            raise Conflict("merge_ended", f"the merge {merge_id} can no longer be stopped")
+        return self.get(tenant, merge_id)
+
+    def _unqueue(self, merge_id: str) -> None:
+        """Take a job out of the queue. If a worker just got it, the claim will tell it to drop it."""
+        with self._redis.pipeline() as pipe:
+            for queue in self._queues.values():
+                pipe.lrem(queue.key, 0, merge_id)
+            removed = sum(pipe.execute())
+        if removed:
+            self._redis.delete(f"rq:job:{merge_id}")
+
+    def delete(self, tenant: str, merge_id: str) -> None:
+        """Remove an ended merge and its result. Raises ``merge_not_ended``."""
+        record = self.get(tenant, merge_id)
+        if not record.ended:
+            raise Conflict(
+                "merge_not_ended", f"the merge {merge_id} is {record.state}", remedy="Cancel it first"
+            )
+        with self._redis.pipeline() as pipe:
+            pipe.srem(UNSAVED, f"{tenant}/{merge_id}")
+            pipe.delete(merge_key(tenant, merge_id), events_key(tenant, merge_id))
+            for state in (None, *STATES):
+                pipe.zrem(merges_key(tenant, state), merge_id)
+            pipe.execute()
+        if record.digest and self.known_result(tenant, record.digest) == merge_id:
+            self._redis.hdel(results_key(tenant), record.digest)
+        self._storage.delete(record_key(tenant, merge_id))
+        self._storage.delete_prefix(attempts_prefix(tenant, merge_id))
+
+    def known_result(self, tenant: str, digest: str) -> str | None:
+        """The id of a merge that did the job with this digest, or None."""
+        found = self._redis.hget(results_key(tenant), digest)
+        return None if found is None else text(found)
+
+    def enter_ended(self, record: MergeRecord) -> None:
+        """Enter a merge that has ended already into storage and into the lists."""
+        self.save(record)
+        score = millis(record.created_at)
+        with self._redis.pipeline() as pipe:
+            for state in (None, record.state):
+                pipe.zadd(merges_key(record.tenant, state), {record.id: score})
+            if record.digest and record.state == "succeeded":
+                pipe.hset(results_key(record.tenant), record.digest, record.id)
+            pipe.execute()
 
     # the workers' side
 
@@ -177,8 +308,18 @@ class Jobs:
             f"{tenant}/{merge_id}",
         )
         if answer == "finished":
-            self.settle(tenant, merge_id)
+            self._conclude(self.settle(tenant, merge_id))
         return answer
+
+    def _conclude(self, record: MergeRecord | None) -> None:
+        """Remember of a success what it found out: the result of its job, and the pace."""
+        if record is None or record.state != "succeeded":
+            return
+        if record.digest:
+            self._redis.hset(results_key(record.tenant), record.digest, record.id)
+        if record.started_at and record.finished_at:
+            seconds = (millis(record.finished_at) - millis(record.started_at)) / 1000
+            outlook.note(self._redis, seconds)
 
     def _run(self, script: Script, tenant: str, merge_id: str, *arguments: str) -> str:
         keys = [
@@ -197,20 +338,33 @@ class Jobs:
         """Write a record to storage."""
         self._storage.put_json(record_key(record.tenant, record.id), record.model_dump(mode="json"))
 
-    def settle(self, tenant: str, merge_id: str) -> None:
+    def settle(self, tenant: str, merge_id: str) -> MergeRecord | None:
         """Write an ended record to storage; after that Redis may forget it. Safe to repeat."""
         fields = self._redis.hgetall(merge_key(tenant, merge_id))
-        if fields:
-            self.save(_decode(fields))
+        record = _decode(fields) if fields else None
+        if record is not None:
+            self.save(record)
         with self._redis.pipeline() as pipe:
             pipe.srem(UNSAVED, f"{tenant}/{merge_id}")
             pipe.expire(merge_key(tenant, merge_id), transitions.ENDED_SECONDS)
             pipe.execute()
+        return record
 
     def members(self, key: str) -> list[tuple[str, str]]:
         """(tenant, merge) of the set of unfinished (``ACTIVE``) or of unsaved (``UNSAVED``) merges."""
         found = sorted(text(item) for item in self._redis.smembers(key))
         return [(tenant, merge_id) for tenant, _, merge_id in (item.partition("/") for item in found)]
+
+
+def new_id() -> str:
+    """The id of a new merge."""
+    return f"mrg_{secrets.token_hex(16)}"
+
+
+def new_record(tenant: str, recipe: Recipe, **more: Any) -> MergeRecord:
+    """The record of a new merge."""
+    fields = {"id": new_id(), "recipe": recipe.model_dump(mode="json"), "created_at": now(), **more}
+    return MergeRecord(tenant=tenant, **fields)
 
 
 def _decode(fields: Mapping[Any, Any]) -> MergeRecord:

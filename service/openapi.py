@@ -68,9 +68,14 @@ def _amend(operation: dict[str, Any]) -> None:
     if name in _RECIPE_OPERATIONS:
         body = operation["requestBody"]["content"]["application/json"]
         body["schema"] = {"$ref": _REF.format(model="MergeRequest")}
-    if name == "create_merge":
-        responses["202"]["headers"] = {"Location": {"description": "The merge", "schema": {"type": "string"}}}
-    if name in ("get_file", "get_result_file"):
+    if name in ("create_merge", "retry_merge"):
+        text = {"schema": {"type": "string"}}
+        responses["202"]["headers"] = {"Location": {"description": "The merge", **text}}
+    if name in ("create_merge", "retry_merge", "cancel_merge"):
+        accepted = responses.get("202") or responses["200"]
+        responses["200"] = {**accepted, "description": "It has ended"}
+        responses["202"] = {**accepted, "description": "It has not ended yet"}
+    if name in ("get_file", "get_result_file", "get_task_file"):
         content = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
         responses["200"] = {"description": "The file", "content": content}
         responses["206"] = {"description": "The range asked for", "content": content}

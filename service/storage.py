@@ -101,6 +101,11 @@ class Storage:
             for chunk in obstore.get(self._store, key).stream(min_chunk_size=CHUNK):
                 file.write(chunk)
 
+    def copy(self, key: str, target: str) -> None:
+        """Give an object a second key; the store does it by itself."""
+        obstore.copy(self._store, key, target)
+        self._to_disk(target)
+
     def size(self, key: str) -> int | None:
         """Bytes of an object, or None when there is no such object."""
         try:

@@ -3,8 +3,9 @@
 ::
 
     queued -> running -> succeeded | failed
-                 |
-                 +-> cancelling -> cancelled
+      |          |
+      |          +-> cancelling -> cancelled
+      +-> cancelled
 
 Every attempt to run a merge has an id. ``CLAIM`` makes an attempt the current one; ``REPORT`` and
 ``FINISH`` do nothing for an attempt that is no longer current. So a worker that was given up as dead, but
@@ -28,6 +29,15 @@ local function become(state)
   redis.call('ZREM', KEYS[5] .. ':' .. redis.call('HGET', KEYS[1], 'state'), id)
   redis.call('ZADD', KEYS[5] .. ':' .. state, score, id)
   redis.call('HSET', KEYS[1], 'state', state)
+end
+local function finish(state, moment, field, value, data, member)
+  become(state)
+  redis.call('HSET', KEYS[1], 'finished_at', moment, 'phase', state, 'message', '', field, value)
+  if state == 'succeeded' then redis.call('HSET', KEYS[1], 'progress', '1') end
+  event('state', data)
+  redis.call('SREM', KEYS[3], member)
+  redis.call('SADD', KEYS[4], member)
+  redis.call('EXPIRE', KEYS[2], {ENDED_SECONDS})
 end
 local state, attempt = unpack(redis.call('HMGET', KEYS[1], 'state', 'attempt'))
 if not state then return 'missing' end
@@ -63,17 +73,28 @@ return state
 # Answers 'finished', 'superseded', or the state that forbids it.
 FINISH = (
     _COMMON
-    + f"""
+    + """
 if ARGV[1] ~= '' and attempt ~= ARGV[1] then return 'superseded' end
 if state == 'succeeded' or state == 'failed' or state == 'cancelled' then return state end
 if ARGV[2] == 'succeeded' and state ~= 'running' then return state end
-become(ARGV[2])
-redis.call('HSET', KEYS[1], 'finished_at', ARGV[3], 'phase', ARGV[2], 'message', '', ARGV[4], ARGV[5])
-if ARGV[2] == 'succeeded' then redis.call('HSET', KEYS[1], 'progress', '1') end
-event('state', ARGV[6])
-redis.call('SREM', KEYS[3], ARGV[7])
-redis.call('SADD', KEYS[4], ARGV[7])
-redis.call('EXPIRE', KEYS[2], {ENDED_SECONDS})
+finish(ARGV[2], ARGV[3], ARGV[4], ARGV[5], ARGV[6], ARGV[7])
 return 'finished'
+"""
+)
+
+# ARGV: now, event of the cancellation, event of its end, the error, tenant/merge.
+# Answers 'dequeued' for a merge that nobody ran and that has now ended, else the state.
+CANCEL = (
+    _COMMON
+    + """
+if state == 'queued' then
+  finish('cancelled', ARGV[1], 'error', ARGV[4], ARGV[3], ARGV[5])
+  return 'dequeued'
+end
+if state ~= 'running' then return state end
+become('cancelling')
+redis.call('HSET', KEYS[1], 'cancelling_at', ARGV[1])
+event('state', ARGV[2])
+return 'cancelling'
 """
 )

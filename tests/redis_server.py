@@ -11,7 +11,7 @@ from rq import Queue
 from rq.serializers import JSONSerializer
 
 from merging.recipe import Recipe
-from service.broker import QUEUES
+from service.broker import NORMAL_QUEUE
 from service.embedded_redis import DataLock, EmbeddedRedis
 from service.jobs import Jobs
 from service.storage import Storage
@@ -50,7 +50,7 @@ def jobs(connection: redis.Redis, storage: Storage) -> Jobs:
     return Jobs(connection, storage)
 
 
-def queue(connection: redis.Redis, name: str = QUEUES[0]) -> ReliableQueue:
+def queue(connection: redis.Redis, name: str = NORMAL_QUEUE) -> ReliableQueue:
     """A queue as workers see it."""
     return ReliableQueue(name, connection=connection, job_class=MergeJob, serializer=JSONSerializer)
 

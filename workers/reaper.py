@@ -5,23 +5,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 
 import redis
+from rq.command import send_stop_job_command
+from rq.exceptions import InvalidJobOperation, NoSuchJobError
 from rq.executions import WORKER_EXECUTIONS_KEY_TEMPLATE
 from rq.job import JobStatus
 from rq.registry import StartedJobRegistry
 from rq.serializers import JSONSerializer
 from rq.worker import BaseWorker
 
-from merging.errors import MergeFailure
-from service.broker import ACTIVE, QUEUES, UNSAVED, text
+from merging.errors import Cancelled, MergeFailure
+from service.broker import ACTIVE, QUEUES, UNSAVED, merge_key, text
+from service.clock import millis
 from service.jobs import MAX_RETRIES, Jobs
 from service.problems import describe
 from workers.job import MergeJob
 from workers.queue import ReliableQueue
 
+GRACE_SECONDS = 10.0
+"""So long a cancelled attempt may take to stop by itself."""
+GIVE_UP_SECONDS = 15.0
+"""After so long a cancelled merge has ended, whatever its attempt does."""
 PATIENCE_SECONDS = 3.0
 """How long a job may belong to nobody before it is taken for lost."""
 
@@ -55,6 +63,7 @@ class Reaper:
                 if job_id not in live and overdue(queue.name, job_id):
                     _log.warning("put %s back into %s", job_id, queue.name)
                     self._put_back(keys=[queue.intermediate_queue_key, queue.key], args=[job_id])
+        self._enforce_cancellations()
         self._settle_orphans(overdue)
         for tenant, merge_id in self._jobs.members(UNSAVED):
             self._jobs.settle(tenant, merge_id)
@@ -84,6 +93,20 @@ class Reaper:
                 pipe.srem(f"{BaseWorker.redis_workers_keys}:{queue.name}", worker_key)
             pipe.execute()
 
+    def _enforce_cancellations(self) -> None:
+        """Kill what does not stop by itself; end what cannot be killed. Its attempt can publish nothing."""
+        for tenant, merge_id in self._jobs.members(ACTIVE):
+            state, since = self._redis.hmget(merge_key(tenant, merge_id), "state", "cancelling_at")
+            if state is None or text(state) != "cancelling" or since is None:
+                continue
+            waited = time.time() - millis(text(since)) / 1000
+            if waited >= GIVE_UP_SECONDS:
+                self._jobs.cancelled(tenant, merge_id, "", describe(Cancelled()))
+            elif waited >= GRACE_SECONDS:
+                with contextlib.suppress(InvalidJobOperation, NoSuchJobError):
+                    send_stop_job_command(self._redis, merge_id, serializer=JSONSerializer)
+                    _log.warning("killed the attempt of %s, which did not stop", merge_id)
+
     def _settle_orphans(self, overdue: _Overdue) -> None:
         """Unfinished merges whose job is nowhere: start them again, or give them up."""
         active = self._jobs.members(ACTIVE)
@@ -100,11 +123,13 @@ class Reaper:
             record = self._jobs.find(tenant, merge_id)
             if record is None or record.ended:
                 self._redis.srem(ACTIVE, f"{tenant}/{merge_id}")
+            elif record.state == "cancelling":
+                self._jobs.cancelled(tenant, merge_id, "", describe(Cancelled()))
             elif self._gave_up(merge_id) or record.attempts > MAX_RETRIES:
                 self._jobs.fail(tenant, merge_id, "", describe(_lost(record.attempts)))
             else:
                 _log.warning("queued %s again: nobody had its job", merge_id)
-                self._jobs.push(tenant, merge_id)
+                self._jobs.push(tenant, merge_id, record.priority)
 
     def _gave_up(self, merge_id: str) -> bool:
         status = self._redis.hget(MergeJob.key_for(merge_id), "status")

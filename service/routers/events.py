@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Header
@@ -14,12 +15,12 @@ from fastapi.sse import EventSourceResponse, ServerSentEvent
 from service.broker import events_key, merge_key, text
 from service.deps import Services, ServicesDep, TenantDep
 from service.documents import FINAL, MergeRecord
+from service.fanout import Event
 from service.routers.merges import MergeId
 
 router = APIRouter(prefix="/v1/merges", tags=["merges"])
 
 _LIFE_SECONDS = 600
-_BLOCK_MILLIS = 1000
 _ID_PATTERN = r"^\d{1,20}-\d{1,20}$"
 
 
@@ -44,22 +45,33 @@ async def merge_events(
     key = events_key(record.tenant, record.id)
     position = last_event_id or "0-0"
     deadline = time.monotonic() + _LIFE_SECONDS
-    while time.monotonic() < deadline and not services.closing.is_set():
-        ended = await _ended(services, record)  # before reading: its last event is then in the stream
-        found: Any = await services.events.xread(
-            {key: position}, count=100, block=None if ended else _BLOCK_MILLIS
-        )
-        for _, entries in found or ():
-            for entry_id, fields in entries:
-                position = text(entry_id)
-                kind, data = text(fields[b"event"]), text(fields[b"data"])
-                yield ServerSentEvent(raw_data=data, event=kind, id=position)
-                if kind == "state" and json.loads(data)["state"] in FINAL:
+    ended = await _ended(services, record)  # before reading: its last event is then in the stream
+    if not ended:
+        async with aclosing(services.fanout.follow(key, position)) as events:
+            async for event in events:
+                if event is not None:
+                    position = event.id
+                    yield _sent(event)
+                    if _is_final(event):
+                        return
+                elif await _ended(services, record):
+                    break
+                if time.monotonic() > deadline:
                     return
-        if ended and not found:
-            if not await services.events.exists(key):  # kept for a while only; the record says the same
-                yield await _last(services, record)
-            return
+            else:
+                return  # the service stops
+    async for event in services.fanout.past(key, position):
+        yield _sent(event)
+    if not await services.events.exists(key):  # kept for a while only; the record says the same
+        yield await _last(services, record)
+
+
+def _sent(event: Event) -> ServerSentEvent:
+    return ServerSentEvent(raw_data=event.data, event=event.kind, id=event.id)
+
+
+def _is_final(event: Event) -> bool:
+    return event.kind == "state" and json.loads(event.data)["state"] in FINAL
 
 
 async def _ended(services: Services, record: MergeRecord) -> bool:

@@ -4,24 +4,30 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Body, Path, Query, Request, Response, status
+from fastapi import APIRouter, Body, Header, Path, Query, Request, Response, status
+from fastapi.concurrency import run_in_threadpool
 
 from merging.errors import MergeError
 from merging.recipe import Recipe
+from service import outlook
 from service.content import send
 from service.deps import Cursor, Limit, ReaderDep, Services, ServicesDep, TenantDep
 from service.documents import MergeRecord, MergeState, result_key
 from service.errors import Conflict, NotFound
 from service.gates import BODY_LIMIT
+from service.jobs import new_id, new_record
 from service.names import MERGE_ID_PATTERN
 from service.registry import hide_folder
+from service.results import job_digest, reuse
 from service.schemas.merges import Merge, MergePage, MergeRequest, MergeSummary
 from service.schemas.models import StoredFile
 from service.scratch import scratch
+from service.waiting import preferred_wait, until_end
 
 router = APIRouter(prefix="/v1/merges", tags=["merges"])
 
 MergeId = Annotated[str, Path(description="Id of the merge", pattern=MERGE_ID_PATTERN)]
+Prefer = Annotated[str | None, Header(description="`wait=N`: answer when it has ended, or after N seconds")]
 RecipeBody = Annotated[dict[str, Any], Body(description="A recipe")]
 
 
@@ -32,13 +38,47 @@ def plan_merge(services: ServicesDep, tenant: ReaderDep, body: RecipeBody) -> di
 
 
 @router.post("", status_code=status.HTTP_202_ACCEPTED, max_body_size=BODY_LIMIT)
-def create_merge(response: Response, services: ServicesDep, tenant: TenantDep, body: RecipeBody) -> Merge:
-    """Queue a merge. The recipe is checked first, as `plan` does; its models are pinned to revisions."""
+async def create_merge(
+    request: Request,
+    response: Response,
+    services: ServicesDep,
+    tenant: TenantDep,
+    body: RecipeBody,
+    idempotency_key: Annotated[
+        str | None,
+        Header(
+            description="The same request, sent again within a day, is answered with the same merge",
+            pattern=r"^[\x21-\x7e]{1,255}$",
+        ),
+    ] = None,
+    prefer: Prefer = None,
+    cache_control: Annotated[
+        str | None, Header(description="`no-cache` does the work even if it was done before")
+    ] = None,
+) -> Merge:
+    """Queue a merge. The recipe is checked first, as `plan` does; its models are pinned to revisions.
+
+    A job that was done before is answered at once with its result. With `Prefer: wait=N` the answer comes
+    when the merge has ended, after N seconds (at most 60) at the latest.
+    """
+    fresh = "no-cache" in (cache_control or "")
     asked = MergeRequest.read(body)
-    recipe, _ = _plan(services, tenant, asked.recipe())
-    record = services.jobs.create(tenant, recipe, name=asked.name)
-    response.headers["Location"] = f"{services.settings.public_url or ''}/v1/merges/{record.id}"
-    return Merge.of(record)
+
+    async def work(merge_id: str) -> None:
+        more = {"id": merge_id, "request_id": getattr(request.state, "request_id", None)}
+        await run_in_threadpool(_create, services, tenant, asked, fresh=fresh, **more)
+
+    async def done(merge_id: str) -> bool:
+        return await run_in_threadpool(services.jobs.entered, tenant, merge_id)
+
+    if idempotency_key is None:
+        merge_id, replayed = new_id(), False
+        await work(merge_id)
+    else:
+        merge_id, replayed = await services.idempotency.once(tenant, idempotency_key, body, work, done)
+    if replayed:
+        response.headers["Idempotency-Replayed"] = "true"
+    return await _accepted(response, services, tenant, merge_id, prefer)
 
 
 @router.get("")
@@ -48,16 +88,51 @@ def list_merges(
     limit: Limit = 50,
     cursor: Cursor = None,
     state: Annotated[MergeState | None, Query(description="Only merges in this state")] = None,
+    method: Annotated[str | None, Query(max_length=100, description="Only merges by this method")] = None,
+    name: Annotated[str | None, Query(max_length=200, description="Only merges of this name")] = None,
 ) -> MergePage:
-    """Merges, the newest first."""
-    found, following = services.jobs.recent(tenant, limit=limit, cursor=cursor, state=state)
+    """Merges, the newest first. With filters a page may be short though there is a next one."""
+
+    def matches(record: MergeRecord) -> bool:
+        return method in (None, record.recipe["merge_method"]) and name in (None, record.name)
+
+    found, following = services.jobs.recent(tenant, limit=limit, cursor=cursor, state=state, matches=matches)
     return MergePage(data=[MergeSummary.of(item) for item in found], next_cursor=following)
 
 
 @router.get("/{merge_id}")
 def get_merge(services: ServicesDep, tenant: TenantDep, merge_id: MergeId) -> Merge:
     """The state of a merge and, at its end, its result or its error."""
-    return Merge.of(services.jobs.get(tenant, merge_id))
+    return _shown(services, services.jobs.get(tenant, merge_id))
+
+
+@router.delete("/{merge_id}", status_code=status.HTTP_204_NO_CONTENT)
+def delete_merge(services: ServicesDep, tenant: TenantDep, merge_id: MergeId) -> None:
+    """Remove an ended merge and its result."""
+    services.jobs.delete(tenant, merge_id)
+
+
+@router.post("/{merge_id}/cancel")
+def cancel_merge(response: Response, services: ServicesDep, tenant: TenantDep, merge_id: MergeId) -> Merge:
+    """Stop a merge. One that is queued has then ended; one that runs ends within some seconds (202)."""
+    record = services.jobs.cancel(tenant, merge_id)
+    response.status_code = status.HTTP_200_OK if record.ended else status.HTTP_202_ACCEPTED
+    return _shown(services, record)
+
+
+@router.post("/{merge_id}/retry", status_code=status.HTTP_202_ACCEPTED)
+async def retry_merge(
+    request: Request,
+    response: Response,
+    services: ServicesDep,
+    tenant: TenantDep,
+    merge_id: MergeId,
+    prefer: Prefer = None,
+) -> Merge:
+    """Queue a merge that failed or was cancelled once more, as a new merge with the same pinned recipe."""
+    more = {"request_id": getattr(request.state, "request_id", None)}
+    record = await run_in_threadpool(services.jobs.repeat, tenant, merge_id, **more)
+    return await _accepted(response, services, tenant, record.id, prefer)
 
 
 @router.get("/{merge_id}/report")
@@ -84,6 +159,50 @@ def get_result_file(
 ) -> Response:
     """Download a file of the result. Ranges and `If-None-Match` are honoured."""
     return _file(request, services, tenant, merge_id, path)
+
+
+@router.get("/{merge_id}/tasks/{task}/{path:path}", response_class=Response)
+@router.head("/{merge_id}/tasks/{task}/{path:path}", include_in_schema=False)
+def get_task_file(
+    request: Request,
+    services: ServicesDep,
+    tenant: TenantDep,
+    merge_id: MergeId,
+    task: Annotated[str, Path(max_length=255, description="Folder of one output of a multi-output method")],
+    path: Annotated[str, Path(max_length=255)],
+) -> Response:
+    """Download a file of one output: the same as `files/{task}/{path}`."""
+    return _file(request, services, tenant, merge_id, f"{task}/{path}")
+
+
+def _create(services: Services, tenant: str, asked: MergeRequest, *, fresh: bool, **more: Any) -> None:
+    """Enter a merge: ended already, when its job was done before, or else queued."""
+    recipe, _ = _plan(services, tenant, asked.recipe())
+    digest = job_digest(recipe)
+    record = new_record(tenant, recipe, name=asked.name, priority=asked.priority, digest=digest, **more)
+    if fresh or reuse(services.jobs, services.storage, record) is None:
+        services.jobs.submit(record)
+
+
+async def _accepted(
+    response: Response, services: Services, tenant: str, merge_id: str, prefer: str | None
+) -> Merge:
+    """The answer to a request for a merge: 200 if it has ended, by patience or by luck, else 202."""
+    record = await run_in_threadpool(services.jobs.get, tenant, merge_id)
+    seconds = preferred_wait(prefer)
+    if seconds is not None:
+        response.headers["Preference-Applied"] = f"wait={seconds}"
+        if not record.ended:
+            await until_end(services, tenant, merge_id, seconds)
+            record = await run_in_threadpool(services.jobs.get, tenant, merge_id)
+    response.status_code = status.HTTP_200_OK if record.ended else status.HTTP_202_ACCEPTED
+    response.headers["Location"] = f"{services.settings.public_url or ''}/v1/merges/{merge_id}"
+    return await run_in_threadpool(_shown, services, record)
+
+
+def _shown(services: Services, record: MergeRecord) -> Merge:
+    position = outlook.ahead(services.redis, record)
+    return Merge.of(record, position, outlook.eta(services.redis, record, position))
 
 
 def _plan(services: Services, tenant: str, recipe: Recipe) -> tuple[Recipe, dict[str, Any]]:

@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from merging.recipe import Recipe
-from service.documents import MergeRecord, MergeState
+from service.documents import MergeRecord, MergeState, Priority
 from service.schemas.models import StoredFile
 from service.schemas.problem import Problem
 
@@ -20,6 +20,7 @@ class MergeRequest(Recipe):
     """A recipe, whose models are `ns/name[@revision]` or `merges/<id>`, and how to call the merge."""
 
     name: str | None = Field(default=None, min_length=1, max_length=200)
+    priority: Priority = Field(default="normal", description="queued merges of a higher one start first")
 
     @classmethod
     def read(cls, body: dict[str, Any]) -> MergeRequest:
@@ -59,6 +60,7 @@ class MergeSummary(_Strict):
     name: str | None
     state: MergeState
     method: str
+    priority: Priority
     phase: str
     progress: float = Field(ge=0.0, le=1.0)
     message: str
@@ -66,6 +68,8 @@ class MergeSummary(_Strict):
     started_at: str | None
     finished_at: str | None
     attempts: int = Field(description="how often it was started; more than once after a worker died")
+    cached_from: str | None = Field(description="the merge whose result this is, because it is the same job")
+    retry_of: str | None = Field(description="the merge that this one repeats")
     error: Problem | None
     links: Links
 
@@ -80,9 +84,11 @@ class Merge(MergeSummary):
 
     recipe: dict[str, Any] = Field(description="as it runs: every model with its revision")
     result: Outcome | None
+    queue_position: int | None = Field(description="while it is queued: how many start before it")
+    eta_seconds: float | None = Field(description="a guess at the time to its end")
 
     @classmethod
-    def of(cls, record: MergeRecord) -> Merge:
+    def of(cls, record: MergeRecord, position: int | None = None, eta: float | None = None) -> Merge:
         """The public form of a record."""
         result = record.result
         outcome = None
@@ -91,7 +97,8 @@ class Merge(MergeSummary):
                 "model": f"merges/{record.id}",
                 **result.model_dump(mode="json", exclude={"attempt"}),
             }
-        return cls.model_validate({**_common(record), "recipe": record.recipe, "result": outcome})
+        more = {"recipe": record.recipe, "result": outcome, "queue_position": position, "eta_seconds": eta}
+        return cls.model_validate({**_common(record), **more})
 
 
 class MergePage(_Strict):
@@ -103,7 +110,7 @@ class MergePage(_Strict):
 
 def _common(record: MergeRecord) -> dict[str, Any]:
     here = f"/v1/merges/{record.id}"
-    data = record.model_dump(mode="json", exclude={"tenant", "attempt", "recipe", "result"})
+    data = record.model_dump(mode="json", include=set(MergeSummary.model_fields))
     data["method"] = record.recipe["merge_method"]
     data["links"] = {
         "self": here,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,9 @@ def client(up: Up) -> Iterator[Client]:
         yield client
 
 
+_seeds = itertools.count(1)
+
+
 @dataclass(frozen=True)
 class Pair:
     """Two adapters in the service and on disk."""
@@ -43,8 +47,9 @@ class Pair:
     models: tuple[str, str]
 
     def recipe(self, **more: Any) -> dict[str, Any]:
-        """A recipe that merges the two."""
-        return {"merge_method": "linear", "models": [{"model": name} for name in self.models], **more}
+        """A recipe that merges the two, and was never asked for before."""
+        models = [{"model": name} for name in self.models]
+        return {"merge_method": "linear", "models": models, "seed": next(_seeds), **more}
 
 
 @pytest.fixture(scope="session")

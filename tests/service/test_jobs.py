@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import redis
 
-from service.broker import ACTIVE, QUEUES, UNSAVED, events_key
+from service.broker import ACTIVE, NORMAL_QUEUE, UNSAVED, events_key
 from service.documents import MergeRecord, MergeResult
 from service.errors import NotFound
 from service.jobs import Jobs
@@ -34,7 +34,7 @@ def states(connection: redis.Redis, merge: MergeRecord) -> list[str]:
 def test_a_new_merge_is_queued_everywhere(jobs: Jobs, connection: redis.Redis, merge: MergeRecord) -> None:
     assert jobs.get("t", merge.id) == merge
     assert merge.state == "queued"
-    assert connection.lrange(f"rq:queue:{QUEUES[0]}", 0, -1) == [merge.id.encode()]
+    assert connection.lrange(f"rq:queue:{NORMAL_QUEUE}", 0, -1) == [merge.id.encode()]
     assert jobs.members(ACTIVE) == [("t", merge.id)]
     assert [row.id for row in jobs.recent("t", limit=9, cursor=None, state="queued")[0]] == [merge.id]
 

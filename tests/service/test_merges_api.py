@@ -77,7 +77,8 @@ def test_a_result_is_a_model_of_the_next_merge(
 
 
 def test_the_resolved_recipe_gives_the_same_bytes(client: Client, pair: Pair, merged: dict[str, Any]) -> None:
-    again = client.wait(client.submit(merged["recipe"])["id"])
+    again = client.wait(client.submit(merged["recipe"], fresh=True)["id"])
+    assert again["cached_from"] is None
     assert again["result"]["files"] == merged["result"]["files"]
 
 

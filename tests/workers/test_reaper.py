@@ -7,7 +7,7 @@ import time
 import pytest
 import redis
 
-from service.broker import ACTIVE, QUEUES
+from service.broker import ACTIVE, NORMAL_QUEUE
 from service.jobs import Jobs
 from tests.redis_server import RECIPE, dequeue
 from workers import reaper
@@ -29,24 +29,24 @@ def lost(connection: redis.Redis, jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -
 
 def test_a_job_that_nobody_started_goes_back(connection: redis.Redis, jobs: Jobs, lost: Lost) -> None:
     merge = jobs.create("t", RECIPE)
-    assert dequeue(connection, QUEUES[0]) is not None
+    assert dequeue(connection, NORMAL_QUEUE) is not None
     lost.sweep()
-    assert connection.lrange(f"rq:queue:{QUEUES[0]}", 0, -1) == [merge.id.encode()]
-    assert not connection.exists(f"rq:queue:{QUEUES[0]}:intermediate")
+    assert connection.lrange(f"rq:queue:{NORMAL_QUEUE}", 0, -1) == [merge.id.encode()]
+    assert not connection.exists(f"rq:queue:{NORMAL_QUEUE}:intermediate")
 
 
 def test_a_job_on_its_way_is_left_alone_for_a_while(connection: redis.Redis, jobs: Jobs) -> None:
     jobs.create("t", RECIPE)
-    assert dequeue(connection, QUEUES[0]) is not None
+    assert dequeue(connection, NORMAL_QUEUE) is not None
     patient = reaper.Reaper(connection, jobs)
     patient.sweep()
     patient.sweep()
-    assert connection.llen(f"rq:queue:{QUEUES[0]}:intermediate") == 1
+    assert connection.llen(f"rq:queue:{NORMAL_QUEUE}:intermediate") == 1
 
 
 def started(connection: redis.Redis, name: str = "w") -> str:
-    worker = MergeWorker([QUEUES[0]], connection=connection, name=name)
-    found = dequeue(connection, QUEUES[0])
+    worker = MergeWorker([NORMAL_QUEUE], connection=connection, name=name)
+    found = dequeue(connection, NORMAL_QUEUE)
     assert found is not None
     worker.register_birth()
     worker.prepare_execution(found[0])
@@ -58,7 +58,7 @@ def test_a_dead_worker_is_freed_at_once(connection: redis.Redis, jobs: Jobs) -> 
     jobs.create("t", RECIPE)
     merge_id = started(connection)
     reaper.Reaper(connection, jobs).free("w")
-    assert connection.lrange(f"rq:queue:{QUEUES[0]}", 0, -1) == [merge_id.encode()]
+    assert connection.lrange(f"rq:queue:{NORMAL_QUEUE}", 0, -1) == [merge_id.encode()]
     assert connection.smembers("rq:workers") == set()
     assert not connection.keys("rq:worker:w*")
     assert connection.hget(f"rq:job:{merge_id}", "retries_left") == b"4"
@@ -77,11 +77,11 @@ def test_a_silent_worker_loses_its_job(connection: redis.Redis, jobs: Jobs) -> N
     merge_id = started(connection)
     patient = reaper.Reaper(connection, jobs)
     patient.sweep()
-    assert connection.llen(f"rq:queue:{QUEUES[0]}") == 0
+    assert connection.llen(f"rq:queue:{NORMAL_QUEUE}") == 0
     for member in connection.zrange("rq:wip:merges", 0, -1):
         connection.zadd("rq:wip:merges", {member: time.time() - 1})
     patient.sweep()
-    assert connection.lrange(f"rq:queue:{QUEUES[0]}", 0, -1) == [merge_id.encode()]
+    assert connection.lrange(f"rq:queue:{NORMAL_QUEUE}", 0, -1) == [merge_id.encode()]
 
 
 def test_a_merge_that_kills_every_worker_fails(connection: redis.Redis, jobs: Jobs, lost: Lost) -> None:
@@ -101,16 +101,16 @@ def test_a_merge_that_kills_every_worker_fails(connection: redis.Redis, jobs: Jo
 
 def test_a_merge_whose_job_vanished_is_queued_again(connection: redis.Redis, jobs: Jobs, lost: Lost) -> None:
     merge = jobs.create("t", RECIPE)
-    connection.delete(f"rq:queue:{QUEUES[0]}", f"rq:job:{merge.id}")
+    connection.delete(f"rq:queue:{NORMAL_QUEUE}", f"rq:job:{merge.id}")
     lost.sweep()
-    assert connection.lrange(f"rq:queue:{QUEUES[0]}", 0, -1) == [merge.id.encode()]
+    assert connection.lrange(f"rq:queue:{NORMAL_QUEUE}", 0, -1) == [merge.id.encode()]
     assert connection.exists(f"rq:job:{merge.id}")
 
 
 def test_many_reapers_put_a_job_back_once(connection: redis.Redis, jobs: Jobs, lost: Lost) -> None:
     jobs.create("t", RECIPE)
-    assert dequeue(connection, QUEUES[0]) is not None
+    assert dequeue(connection, NORMAL_QUEUE) is not None
     for _ in range(5):
         reaper.Reaper(connection, jobs).sweep()
         lost.sweep()
-    assert connection.llen(f"rq:queue:{QUEUES[0]}") == 1
+    assert connection.llen(f"rq:queue:{NORMAL_QUEUE}") == 1
