@@ -57,7 +57,7 @@ class IsoCtsParams(IsoParams):
 class CartParams(LambdaAuto):
     compat: Literal["paper"] | None = PaperOnly
     cart_rank: float = Field(
-        default=0.04,
+        default=0.08,
         gt=0.0,
         description=(
             "Rank kept of each centred update: below 1 a share of the directions that the models reach "
@@ -65,7 +65,7 @@ class CartParams(LambdaAuto):
         ),
     )
     cart_scale: float = Field(
-        default=0.1, ge=-1e6, le=1e6, description="Factor on the sum of the centred low-rank updates."
+        default=1.0, ge=-1e6, le=1e6, description="Factor on the sum of the centred low-rank updates."
     )
 
     @field_validator("cart_rank")
@@ -130,7 +130,7 @@ METHODS = (
         contract=SPECTRAL,
         Params=CartParams,
         kernel="merging.methods.cart:cart",
-        auto_norm=1.2,
+        auto_norm=1.4,
         presets={"paper": {}},
         notes=SPACE_FREE + "`cart_rank` is a share of the directions the models reach, not of the matrix.",
     ),

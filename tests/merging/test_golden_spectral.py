@@ -119,7 +119,7 @@ CORE_CASES: dict[str, tuple[str, dict[str, object]]] = {
     "mean+iso": ("iso_c", {"iso_denominator": "core"}),
     "tsv": ("tsv", {}),
     "tsv+iso": ("tsv", {"isotropize": True}),
-    "cart_r0.04": ("cart", {}),
+    "cart_r0.04": ("cart", {"cart_rank": 0.04, "cart_scale": 0.1}),
     "cart_r0.25_s0.5": ("cart", {"cart_rank": 0.25, "cart_scale": 0.5}),
 }
 
