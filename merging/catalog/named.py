@@ -84,10 +84,10 @@ class LoreParams(MethodParams):
         json_schema_extra=PER_MODEL,
     )
     mu: float = Field(
-        default=0.01, ge=0.0, le=1e6, description="Threshold that each sweep takes off the singular values."
+        default=0.1, ge=0.0, le=1e6, description="Threshold that each sweep takes off the singular values."
     )
     mu_mode: Literal["absolute", "relative"] = Field(
-        default="absolute",
+        default="relative",
         description=(
             "`relative`: `mu` in units of the mean over models of the largest singular value of the distance "
             "to the mean, per module; then the scale of the adapters does not matter."
@@ -107,7 +107,7 @@ class LoreParams(MethodParams):
         description="Factor on the combined low-rank parts (the paper's lambda).",
     )
     final: Literal["average", "ties"] = Field(
-        default="average",
+        default="ties",
         description=(
             "How the low-rank parts are combined: the weighted mean, or TIES in Core Space coordinates. "
             "`average` with equal weights and `delta_scale: 1` converges to the plain mean of the models."
@@ -190,6 +190,7 @@ METHODS = (
         contract=Contract(),
         Params=LegoParams,
         kernel="merging.methods.lego:lora_lego",
+        auto_norm=1.2,
         notes="Seeded k-means++ with 10 restarts of at most 300 rounds, on the Gram matrix of the units.",
     ),
     Method(
@@ -204,10 +205,12 @@ METHODS = (
         contract=Contract(),
         Params=LoreParams,
         kernel="merging.methods.lore:lore",
+        auto_norm=1.2,
         notes=(
             "Runs on small cores; adding a common base to all models changes nothing, so none is loaded. "
             "Two models with equal weights give exactly their mean, whatever the parameters; `average` with "
             "equal weights and `delta_scale: 1` tends to the mean for any number. The report warns then."
+            " A public re-implementation of the paper uses `mu: 0.01`, `mu_mode: absolute`, `final: average`."
         ),
     ),
     Method(

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from golden import assert_close
+from golden import assert_close, dense
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from stacks import copies, module, permuted, stacks, transposed
@@ -410,6 +410,35 @@ def test_lore_of_two_models_with_equal_weights_is_their_mean(
 
 
 @quick
+@given(
+    stack=stacks(min_tasks=3, kinds=("random", "zero")),
+    density=st.sampled_from([0.2, 0.7, 1.0]),
+    weights=st.sampled_from([[1.0] * 4, [0.2, 1.5, 0.5, 2.0]]),
+)
+def test_lore_with_ties_trims_and_elects_the_parts_in_core_space(
+    stack: UpdateStack, density: float, weights: list[float]
+) -> None:
+    share = torch.tensor(weights[: stack.T], dtype=torch.float64)
+    share = stack.T * share / share.sum()
+    parameters = {"mu": 0.2, "mu_mode": "relative", "iters": 6, "delta_scale": 1.5, "density": density}
+    result = merged("lore", stack, {**parameters, "final": "ties"}, weights=weights[: stack.T])
+    for g in range(stack.G):
+        place = spaces.core(module(stack, g))
+        thetas = place.coordinates.rows(0, place.coordinates.m)[0]
+        distances = torch.linalg.matrix_norm(thetas - thetas.mean(0), ord=2)
+        base, parts, _ = dense_lore(thetas, 0.2 * float(distances.mean()), 6)
+        y = parts * share.view(-1, 1, 1)
+        if density < 1.0:
+            kept = max(1, int(density * int(place.entries)))
+            ranked = y.abs().flatten(1).sort(dim=1, descending=True).values
+            y = y * (y.abs() >= ranked[:, kept - 1].view(-1, 1, 1))
+        agree = (y * y.sum(0).sign()) > 0
+        mean = (y * agree).sum(0) / agree.sum(0).clamp_min(1)
+        expected = dense(place.lift((base + 1.5 * mean).unsqueeze(0)))
+        close(result[g], expected, 1e-8, stack.dense())
+
+
+@quick
 @given(stack=stacks(kinds=("random", "deficient")), count=st.integers(1, 4))
 def test_lore_of_identical_models_is_the_model(stack: UpdateStack, count: int) -> None:
     same = copies(stack, count)
@@ -488,7 +517,8 @@ def test_lore_stops_each_module_on_its_own() -> None:
         for t in (1, 2):
             factors[t][1] = factors[0][1] + 1e-3 * factors[t][1]
     stack = UpdateStack(("m0", "m1"), (0, 1, 2), tuple(B), tuple(A))
-    parameters = {"mu": 0.2, "mu_mode": "relative", "tol": 1e-3, "iters": 200, "delta_scale": 2.0}
+    parameters = {"mu": 0.2, "mu_mode": "relative", "tol": 1e-3, "iters": 200, "delta_scale": 2.0,
+                  "final": "average"}  # fmt: skip
     together = merged("lore", stack, parameters)
     for g in range(2):
         assert_close(together[g : g + 1], merged("lore", module(stack, g), parameters), 1e-12)
