@@ -103,7 +103,8 @@ def test_a_merge_that_is_to_stop_is_not_published(
     jobs: Jobs, connection: redis.Redis, merge: MergeRecord
 ) -> None:
     jobs.claim("t", merge.id, "one")
-    connection.hset(f"mg:t:merge:{merge.id}", "state", "cancelling")
+    assert jobs.cancel("t", merge.id).state == "cancelling"
+    assert jobs.cancel("t", merge.id).state == "cancelling"
     assert jobs.report("t", merge.id, "one", "merge", 0.5, "") == "cancelling"
     assert jobs.claim("t", merge.id, "two") == "cancelling"
     assert jobs.publish("t", merge.id, result("one")) == "cancelling"
@@ -160,3 +161,62 @@ def test_pages_survive_what_happens_between_them(jobs: Jobs) -> None:
     assert sorted(found) == sorted(ids)
     assert late not in found
     assert end is None
+
+
+def test_cancelling_what_is_queued_leaves_nothing_to_run(
+    jobs: Jobs, connection: redis.Redis, merge: MergeRecord
+) -> None:
+    done = jobs.cancel("t", merge.id)
+    assert (done.state, done.attempts) == ("cancelled", 0)
+    assert states(connection, merge)[-1].startswith('{"state": "cancelled"')
+    assert connection.keys("rq:queue:merges*") == connection.keys("rq:job:*") == []
+    assert jobs.claim("t", merge.id, "one") == "cancelled"
+    connection.flushall()
+    assert jobs.cancel("t", merge.id) == done
+
+
+def test_a_worker_that_took_the_job_just_before_drops_it(
+    jobs: Jobs, connection: redis.Redis, merge: MergeRecord
+) -> None:
+    connection.lpop("rq:queue:merges")
+    assert jobs.cancel("t", merge.id).state == "cancelled"
+    assert connection.exists(f"rq:job:{merge.id}")
+    assert jobs.claim("t", merge.id, "one") == "cancelled"
+
+
+def test_cancel_and_claim_at_once_agree(jobs: Jobs) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(20):
+            merge = jobs.create("t", RECIPE)
+            claimed = pool.submit(jobs.claim, "t", merge.id, "one")
+            stopped = pool.submit(jobs.cancel, "t", merge.id)
+            pair = (claimed.result(), stopped.result().state)
+            assert pair in (("claimed", "cancelling"), ("cancelled", "cancelled"))
+
+
+def test_a_deleted_merge_is_gone_everywhere(
+    jobs: Jobs, connection: redis.Redis, storage: Storage, merge: MergeRecord
+) -> None:
+    jobs.cancel("t", merge.id)
+    jobs.delete("t", merge.id)
+    assert list(storage.keys("")) == []
+    assert not [key for key in connection.keys("mg:*") if merge.id.encode() in key]
+    assert jobs.recent("t", limit=9, cursor=None, state=None) == ([], None)
+    with pytest.raises(NotFound):
+        jobs.delete("t", merge.id)
+
+
+def test_filtered_pages_skip_what_does_not_match(jobs: Jobs) -> None:
+    wanted = jobs.create("t", RECIPE, name="needle").id
+    for _ in range(10):
+        jobs.create("t", RECIPE)
+    found: list[str] = []
+    cursor: str | None = None
+    while True:
+        page, cursor = jobs.recent(
+            "t", limit=2, cursor=cursor, state="queued", matches=lambda record: record.name == "needle"
+        )
+        found += [record.id for record in page]
+        if cursor is None:
+            break
+    assert found == [wanted]

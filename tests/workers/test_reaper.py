@@ -114,3 +114,42 @@ def test_many_reapers_put_a_job_back_once(connection: redis.Redis, jobs: Jobs, l
         reaper.Reaper(connection, jobs).sweep()
         lost.sweep()
     assert connection.llen(f"rq:queue:{NORMAL_QUEUE}") == 1
+
+
+def test_a_cancelled_attempt_that_does_not_answer_is_given_up(
+    connection: redis.Redis, jobs: Jobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    merge = jobs.create("t", RECIPE)
+    started(connection)
+    jobs.claim("t", merge.id, "one")
+    jobs.cancel("t", merge.id)
+    patient = reaper.Reaper(connection, jobs)
+    patient.sweep()
+    assert jobs.get("t", merge.id).state == "cancelling"
+    monkeypatch.setattr(reaper, "GIVE_UP_SECONDS", 0.0)
+    patient.sweep()
+    done = jobs.get("t", merge.id)
+    assert done.state == "cancelled"
+    assert done.error is not None
+    assert done.error["code"] == "cancelled"
+    assert jobs.report("t", merge.id, "one", "merge", 0.5, "") == "cancelled"
+
+
+def test_a_cancelled_merge_whose_worker_died_ends(connection: redis.Redis, jobs: Jobs, lost: Lost) -> None:
+    merge = jobs.create("t", RECIPE)
+    started(connection)
+    jobs.claim("t", merge.id, "one")
+    jobs.cancel("t", merge.id)
+    connection.delete(f"rq:job:{merge.id}", "rq:wip:merges")
+    lost.sweep()
+    assert jobs.get("t", merge.id).state == "cancelled"
+    assert not connection.exists("rq:queue:merges")
+
+
+def test_a_lost_job_returns_to_the_queue_of_its_priority(
+    connection: redis.Redis, jobs: Jobs, lost: Lost
+) -> None:
+    merge = jobs.create("t", RECIPE, priority="high")
+    connection.delete("rq:queue:merges-high", f"rq:job:{merge.id}")
+    lost.sweep()
+    assert connection.lrange("rq:queue:merges-high", 0, -1) == [merge.id.encode()]
