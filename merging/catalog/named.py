@@ -95,7 +95,7 @@ class LoreParams(MethodParams):
     )
     iters: int = Field(default=20, ge=1, le=1000, description="Largest number of sweeps.")
     tol: float = Field(
-        default=0.0,
+        default=1e-6,
         ge=0.0,
         lt=1.0,
         description="Stop a module when a sweep lowers its objective by less than this fraction; 0: never.",

@@ -420,7 +420,7 @@ def test_lore_with_ties_trims_and_elects_the_parts_in_core_space(
 ) -> None:
     share = torch.tensor(weights[: stack.T], dtype=torch.float64)
     share = stack.T * share / share.sum()
-    parameters = {"mu": 0.2, "mu_mode": "relative", "iters": 6, "delta_scale": 1.5, "density": density}
+    parameters = {"mu": 0.2, "iters": 6, "tol": 0.0, "delta_scale": 1.5, "density": density}
     result = merged("lore", stack, {**parameters, "final": "ties"}, weights=weights[: stack.T])
     for g in range(stack.G):
         place = spaces.core(module(stack, g))
@@ -457,7 +457,8 @@ def test_lore_scales_with_its_inputs_and_threshold_and_ignores_the_order(
     stack: UpdateStack, factor: float, final: str, data: st.DataObject
 ) -> None:
     assume(final == "average" or stack.T > 2)
-    parameters = {"mu": 0.2, "mu_mode": "absolute", "delta_scale": 1.5, "final": final, "density": 1.0}
+    parameters = {"mu": 0.2, "mu_mode": "absolute", "delta_scale": 1.5, "final": final, "density": 1.0,
+                  "tol": 0.0}  # fmt: skip
     plain = merged("lore", stack, parameters)
     scaled = UpdateStack(stack.names, stack.tasks, tuple(B * factor for B in stack.B), stack.A)
     again = merged("lore", scaled, {**parameters, "mu": 0.2 * factor})
@@ -483,6 +484,7 @@ def test_lore_converges_to_the_mean_plus_a_multiple_of_the_parts_and_says_so() -
             "mu": 0.3,
             "mu_mode": "relative",
             "iters": iters,
+            "tol": 0.0,
             "final": "average",
             "delta_scale": 1.0,
         }
