@@ -11,8 +11,9 @@ from merging import __version__
 from service import handlers, openapi
 from service.deps import Services
 from service.gates import BODY_LIMIT, HostGate, LengthGate
-from service.routers import events, health, keys, merges, methods, models
+from service.routers import events, health, keys, merges, methods, metrics, models
 from service.settings import Settings
+from service.telemetry import RequestCounts, Telemetry
 
 
 def create_app(settings: Settings) -> FastAPI:
@@ -41,7 +42,9 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_middleware(LengthGate, limit=BODY_LIMIT)
     if settings.auth == "off":
         app.add_middleware(HostGate, settings=settings)
-    for module in (models, merges, events, methods, keys, health):
+    for module in (models, merges, events, methods, keys, metrics, health):
         app.include_router(module.router)
+    app.state.counts = RequestCounts()
+    app.add_middleware(Telemetry, counts=app.state.counts)  # the last one added is the outermost
     openapi.customise(app)
     return app

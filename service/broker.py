@@ -116,3 +116,6 @@ def idempotency_key(tenant: str, digest: str) -> str:
 
 PACE = "mg:pace"
 """String: seconds from start to end of a merge, a moving average."""
+
+TALLY = "mg:tally"
+"""Hash: counts of ended merges."""

@@ -18,6 +18,7 @@ from service.errors import Forbidden, Unauthorized
 from service.fanout import Fanout
 from service.idempotency import Idempotency
 from service.jobs import Jobs
+from service.limits import Limits
 from service.quota import Quota
 from service.registry import Registry
 from service.settings import Settings
@@ -39,6 +40,7 @@ class Services:
     quota: Quota
     keys: Keys
     idempotency: Idempotency
+    limits: Limits
     fanout: Fanout
     closing: asyncio.Event
 
@@ -65,6 +67,7 @@ class Services:
             quota=quota,
             keys=keys,
             idempotency=Idempotency(events),
+            limits=Limits(events, read=settings.reads_per_minute, write=settings.writes_per_minute),
             fanout=Fanout(events, closing),
             closing=closing,
         )
@@ -93,7 +96,7 @@ async def principal(
     services: ServicesDep,
     given: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)],
 ) -> Principal:
-    """Who sent the request. Raises ``key_missing``, ``key_invalid``."""
+    """Who sent the request. Raises ``key_missing``, ``key_invalid``, ``rate_limited``."""
     if services.settings.auth == "off":
         return ANYONE
     if given is None:
@@ -105,6 +108,9 @@ async def principal(
         found = await run_in_threadpool(services.keys.identify, given.credentials)
     if found is None:
         raise Unauthorized("key_invalid", "the key is unknown or was revoked")
+    request.state.tenant = found.tenant
+    looking = request.method in ("GET", "HEAD")
+    request.state.rate_headers = await services.limits.take(found.tenant, "read" if looking else "write")
     return found
 
 

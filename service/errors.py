@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 from merging.errors import InputError, MergeError
 
 
 class ServiceError(InputError):
-    """An error of a request. ``status`` is its HTTP status."""
+    """An error of a request. ``status`` is its HTTP status; ``headers`` go with the answer."""
 
     status = 422
+    headers: Mapping[str, str] = MappingProxyType({})
 
 
 class NotFound(ServiceError):
@@ -27,6 +31,7 @@ class Unauthorized(ServiceError):
     """The request needs a key, or another one."""
 
     status = 401
+    headers = MappingProxyType({"WWW-Authenticate": 'Bearer realm="merganser"'})
 
 
 class Forbidden(ServiceError):
@@ -39,6 +44,20 @@ class TooLarge(ServiceError):
     """The request's content is larger than allowed."""
 
     status = 413
+
+
+class TooOften(ServiceError):
+    """The tenant sends more requests than it may."""
+
+    status = 429
+
+    def __init__(self, name: str, quota: int, seconds: int, headers: Mapping[str, str]) -> None:
+        super().__init__(
+            "rate_limited",
+            f"this tenant may send {quota} {name} requests a minute, and has none left",
+            remedy=f"Try again in {seconds} s",
+        )
+        self.headers = {**headers, "Retry-After": str(seconds)}
 
 
 class BadRequest(ServiceError):
@@ -54,7 +73,7 @@ class RangeNotSatisfiable(ServiceError):
 
     def __init__(self, size: int) -> None:
         super().__init__("range_not_satisfiable", f"the file has {size} bytes; the range lies outside of it")
-        self.size = size
+        self.headers = {"Content-Range": f"bytes */{size}"}
 
 
 class Unavailable(MergeError):

@@ -14,7 +14,7 @@ from starlette.routing import Match
 
 from merging.errors import MergeError
 from service.broker import TRANSIENT
-from service.errors import RangeNotSatisfiable, Unauthorized, Unavailable
+from service.errors import ServiceError, Unavailable
 from service.problems import MEDIA_TYPE, document, errors_of, status_of
 
 _log = logging.getLogger("merganser.api")
@@ -64,11 +64,7 @@ def install(app: FastAPI) -> None:
 
 async def _deliberate(request: Request, error: Exception) -> ProblemResponse:
     assert isinstance(error, MergeError)
-    headers = {}
-    if isinstance(error, RangeNotSatisfiable):
-        headers["Content-Range"] = f"bytes */{error.size}"
-    if isinstance(error, Unauthorized):
-        headers["WWW-Authenticate"] = 'Bearer realm="merganser"'
+    headers = dict(error.headers) if isinstance(error, ServiceError) else {}
     if isinstance(error, Unavailable):
         headers["Retry-After"] = "2"
     return problem(

@@ -11,6 +11,7 @@ import hashlib
 import json
 import time
 from collections.abc import Awaitable, Callable
+from types import MappingProxyType
 from typing import Any
 
 from redis.asyncio import Redis
@@ -33,6 +34,8 @@ return 1
 
 class InFlight(Conflict):
     """The first request with this key has not been answered yet."""
+
+    headers = MappingProxyType({"Retry-After": "2"})
 
 
 class Idempotency:

@@ -19,7 +19,7 @@ from rq.serializers import JSONSerializer
 
 from merging.errors import Cancelled
 from merging.recipe import Recipe
-from service import outlook, transitions
+from service import outlook, tally, transitions
 from service.broker import (
     ACTIVE,
     PRIORITIES,
@@ -205,7 +205,7 @@ class Jobs:
         )
         if answer == "dequeued":
             self._unqueue(merge_id)
-            self.settle(tenant, merge_id)
+            self._conclude(self.settle(tenant, merge_id))
         elif answer in ("succeeded", "failed") or (answer == "missing" and record.state != "cancelled"):
             raise Conflict("merge_ended", f"the merge {merge_id} can no longer be stopped")
         return self.get(tenant, merge_id)
@@ -252,6 +252,7 @@ class Jobs:
             if record.digest and record.state == "succeeded":
                 pipe.hset(results_key(record.tenant), record.digest, record.id)
             pipe.execute()
+        tally.note(self._redis, record)
 
     # the workers' side
 
@@ -312,8 +313,11 @@ class Jobs:
         return answer
 
     def _conclude(self, record: MergeRecord | None) -> None:
-        """Remember of a success what it found out: the result of its job, and the pace."""
-        if record is None or record.state != "succeeded":
+        """Count an end; remember of a success the result of its job, and the pace."""
+        if record is None:
+            return
+        tally.note(self._redis, record)
+        if record.state != "succeeded":
             return
         if record.digest:
             self._redis.hset(results_key(record.tenant), record.digest, record.id)

@@ -42,6 +42,9 @@ class Settings(BaseSettings):
     """``auto``, or a comma-separated list of ``cpu``, ``cuda``, ``cuda:0``, ... : one worker for each."""
     max_upload_bytes: int = Field(default=16 * GIB, gt=0)
     max_tenant_bytes: int = Field(default=1024 * GIB, gt=0)
+    reads_per_minute: int = Field(default=6000, ge=0)
+    writes_per_minute: int = Field(default=1200, ge=0)
+    """Of each tenant of a service with keys; 0: no limit."""
     public_url: str | None = None
 
     @field_validator("data_dir")

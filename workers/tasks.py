@@ -19,6 +19,7 @@ from merging.recipe import Recipe
 from service.broker import TRANSIENT, connect
 from service.documents import FileEntry, MergeResult, attempts_prefix, result_key
 from service.jobs import Jobs
+from service.logs import event, request_id
 from service.problems import describe
 from service.registry import Registry, hide_folder
 from service.scratch import scratch
@@ -80,7 +81,10 @@ class Task:
             self._fail(MergeFailure("internal_error", "an unexpected error happened; it has been logged"))
 
     def _merge(self, sources: Sources, folder: Path) -> MergeResult:
-        recipe = Recipe.load(self._jobs.get(self._tenant, self._id).recipe)
+        record = self._jobs.get(self._tenant, self._id)
+        request_id.set(record.request_id)
+        event(_log, logging.INFO, f"{self._id} starts", merge=self._id, attempt=self._attempt)
+        recipe = Recipe.load(record.recipe)
         self._advance("inputs", 0.0, "bringing the inputs")
         find = sources.place(self._tenant, recipe, folder / "inputs")
         self._advance("starting", 0.0, "starting the engine")
@@ -146,7 +150,7 @@ class Task:
     # ends
 
     def _fail(self, error: MergeError) -> None:
-        _log.info("%s failed: %s", self._id, error)
+        event(_log, logging.INFO, f"{self._id} failed: {error}", merge=self._id, code=error.code)
         self._jobs.fail(self._tenant, self._id, self._attempt, describe(error))
 
     def _stopped(self, answer: str) -> None:

@@ -24,8 +24,8 @@ OPEN = {"/healthz", "/readyz", "/openapi.json"}
 class Guarded:
     """`merganser up` with keys, and clients that have some."""
 
-    def __init__(self, data: Path) -> None:
-        self.up = Up(data, auth="keys")
+    def __init__(self, data: Path, **settings: str) -> None:
+        self.up = Up(data, auth="keys", **settings)
         self.keys = Keys(Storage.open(self.up.storage.as_uri()))
 
     def token(self, tenant: str, *scopes: Scope) -> str:
