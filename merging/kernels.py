@@ -142,7 +142,7 @@ def module_chunks(stack: UpdateStack, bytes_per_module: int, budget: int) -> lis
     ]
 
 
-CACHE_BYTES = 1 << 21
+CACHE_BYTES = 1 << 22
 """Size of a block of entries that stays in the cache of a CPU core through several passes."""
 
 

@@ -211,8 +211,13 @@ def _band(entries: int, density: float, gamma: float, *, spare_top: bool) -> tup
 
 
 def _band_of_rows(x: Tensor, ranks: list[list[tuple[int, int]]]) -> Tensor:
-    ordered = x.abs().sort(dim=-1, descending=True).values
-    index = torch.tensor(ranks, device=x.device).sub_(1).clamp_(0, x.shape[-1] - 1)
+    size = x.abs()
+    if x.device.type == "cpu":
+        size.numpy().sort(axis=-1)  # several times faster than torch here
+    else:
+        size = size.sort(dim=-1).values
+    n = x.shape[-1]
+    index = (n - torch.tensor(ranks, device=x.device)).clamp_(0, n - 1)
     index = index.unsqueeze(-2).expand(*x.shape[:-1], 2)
-    high, low = torch.split(ordered.gather(-1, index), 1, dim=-1)
+    high, low = torch.split(size.gather(-1, index), 1, dim=-1)
     return band_(x, low, high)
