@@ -36,6 +36,7 @@ BAND_COMPAT = (
 )
 Epsilon: Any = Field(
     default=0.15,
+    validate_default=True,
     ge=0.0,
     le=0.5,
     description=(
