@@ -108,4 +108,4 @@ def range_finder(matrix: Tensor, power_steps: int = 2) -> tuple[Tensor, Tensor]:
         Q, _ = torch.linalg.qr(matrix @ P)
     U, S, Vh = torch.linalg.svd(Q.T @ matrix, full_matrices=False)
     root = S[:RANK].sqrt()
-    return Q @ (U[:, :RANK] * root), root[:, None] * Vh[:RANK]
+    return Q @ (U[:, :RANK] * root), (root[:, None] * Vh[:RANK]).contiguous()
