@@ -93,7 +93,7 @@ class Fanout:
                     async for event in self.past(key, after):
                         after = event.id
                         yield event
-                while listener.pending:
+                while listener.pending and not listener.behind:
                     event = listener.pending.popleft()
                     if _order(event.id) > _order(after):
                         after = event.id
