@@ -82,7 +82,20 @@ class Findings:
             self.lambda_ = 1.0
         else:
             self.lambda_ = wanted * self.mean_input_norm() / math.sqrt(self._norm2)
+        self._warn_if_too_long(params)
         return self.lambda_
+
+    def _warn_if_too_long(self, params: MethodParams) -> None:
+        """A merged update far longer than any input usually hurts more than the merge helps."""
+        wanted = self.prepared.resolved.method.auto_norm
+        ratio = _ratio(math.sqrt(self._norm2) * abs(self.lambda_), self.mean_input_norm())
+        if wanted is None or params.lambda_ == "auto" or len(self.tasks) < 2 or ratio <= 2.0 * wanted:
+            return
+        self.warn(
+            "large_merged_norm",
+            f"the merged update is {ratio:.1f} times as long as the inputs are on average; about {wanted:g} "
+            "times works best on our benchmark. Use `lambda: auto` or smaller weights.",
+        )
 
     def mean_input_norm(self) -> float:
         """The mean over the models of the Frobenius norm of their whole update."""

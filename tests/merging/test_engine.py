@@ -139,6 +139,13 @@ def test_auto_lambda_reaches_the_documented_norm(three: list[Path], tmp_path: Pa
     assert total / mean == pytest.approx(1.7, rel=1e-3)
 
 
+def test_an_overlong_update_is_announced_with_the_remedy(three: list[Path], tmp_path: Path) -> None:
+    long = merging.merge(recipe(three, parameters={"lambda": 3.0}), tmp_path / "long").report
+    assert [w["code"] for w in long["warnings"]] == ["large_merged_norm"]
+    auto = merging.merge(recipe(three, parameters={"lambda": "auto"}), tmp_path / "auto").report
+    assert auto["warnings"] == []
+
+
 def test_a_number_for_lambda_means_exactly_that_number(three: list[Path], tmp_path: Path) -> None:
     for value in (1.0, 0.25):
         merging.merge(
