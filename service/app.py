@@ -11,6 +11,7 @@ from merging import __version__
 from service import handlers, openapi
 from service.deps import Services
 from service.gates import BODY_LIMIT, HostGate, LengthGate
+from service.hub import router as hub
 from service.routers import events, health, keys, merges, methods, metrics, models
 from service.settings import Settings
 from service.telemetry import RequestCounts, Telemetry
@@ -42,7 +43,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_middleware(LengthGate, limit=BODY_LIMIT)
     if settings.auth == "off":
         app.add_middleware(HostGate, settings=settings)
-    for module in (models, merges, events, methods, keys, metrics, health):
+    for module in (models, merges, events, methods, keys, metrics, health, hub):
         app.include_router(module.router)
     app.state.counts = RequestCounts()
     app.add_middleware(Telemetry, counts=app.state.counts)  # the last one added is the outermost
