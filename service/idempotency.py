@@ -18,7 +18,7 @@ from redis.asyncio import Redis
 
 from service.broker import idempotency_key, text
 from service.errors import Conflict, ServiceError
-from service.jobs import new_id
+from service.records import new_id
 
 KEPT_SECONDS = 24 * 3600
 _WORK_SECONDS = 60.0

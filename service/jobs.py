@@ -7,8 +7,7 @@ needed to rebuild Redis.
 from __future__ import annotations
 
 import json
-import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, Literal
 
 import redis
@@ -45,18 +44,14 @@ from service.documents import (
 from service.errors import Conflict, NotFound
 from service.paging import page
 from service.problems import describe
+from service.records import decode, encode, new_record
 from service.storage import Storage
 
 MAX_RETRIES = 5
 """How often a merge is started again after its worker died; input errors are never retried."""
 TIMEOUT_SECONDS = 24 * 3600
 _RESULT_SECONDS = 3600
-_FIXED = (
-    *("id", "tenant", "name", "recipe", "priority", "digest", "cached_from", "retry_of", "request_id"),
-    "created_at",
-)
 _PAGES_SEARCHED = 20
-_MUTABLE = ("state", "started_at", "cancelling_at", "finished_at", "attempt", "phase", "message")
 
 
 class Jobs:
@@ -109,21 +104,9 @@ class Jobs:
         """Enter a queued record into Redis and its job into the queue, all or nothing."""
         tenant, merge_id = record.tenant, record.id
         score = millis(record.created_at)
-        fixed = record.model_dump(mode="json", include=set(_FIXED), exclude_none=True)
         with self._redis.pipeline(transaction=True) as pipe:
             pipe.multi()  # said first, or RQ would say it in the middle
-            pipe.hset(
-                merge_key(tenant, merge_id),
-                mapping={
-                    "id": merge_id,
-                    "score": score,
-                    "doc": json.dumps(fixed),
-                    "state": "queued",
-                    "phase": "queued",
-                    "progress": "0",
-                    "message": "",
-                },
-            )
+            pipe.hset(merge_key(tenant, merge_id), mapping=encode(record))
             pipe.zadd(merges_key(tenant), {merge_id: score})
             pipe.zadd(merges_key(tenant, "queued"), {merge_id: score})
             pipe.sadd(ACTIVE, f"{tenant}/{merge_id}")
@@ -159,7 +142,7 @@ class Jobs:
         """The record of a merge, from Redis or else from storage, or None."""
         fields = self._redis.hgetall(merge_key(tenant, merge_id))
         if fields:
-            return _decode(fields)
+            return decode(fields)
         data = self._storage.get_json(record_key(tenant, merge_id))
         return None if data is None else MergeRecord.model_validate(data)
 
@@ -345,7 +328,7 @@ class Jobs:
     def settle(self, tenant: str, merge_id: str) -> MergeRecord | None:
         """Write an ended record to storage; after that Redis may forget it. Safe to repeat."""
         fields = self._redis.hgetall(merge_key(tenant, merge_id))
-        record = _decode(fields) if fields else None
+        record = decode(fields) if fields else None
         if record is not None:
             self.save(record)
         with self._redis.pipeline() as pipe:
@@ -358,26 +341,3 @@ class Jobs:
         """(tenant, merge) of the set of unfinished (``ACTIVE``) or of unsaved (``UNSAVED``) merges."""
         found = sorted(text(item) for item in self._redis.smembers(key))
         return [(tenant, merge_id) for tenant, _, merge_id in (item.partition("/") for item in found)]
-
-
-def new_id() -> str:
-    """The id of a new merge."""
-    return f"mrg_{secrets.token_hex(16)}"
-
-
-def new_record(tenant: str, recipe: Recipe, **more: Any) -> MergeRecord:
-    """The record of a new merge."""
-    fields = {"id": new_id(), "recipe": recipe.model_dump(mode="json"), "created_at": now(), **more}
-    return MergeRecord(tenant=tenant, **fields)
-
-
-def _decode(fields: Mapping[Any, Any]) -> MergeRecord:
-    found = {text(key): text(value) for key, value in fields.items()}
-    data = json.loads(found["doc"])
-    data.update({key: found[key] for key in _MUTABLE if key in found})
-    data["progress"] = float(found.get("progress", "0"))
-    data["attempts"] = int(found.get("attempts", "0"))
-    for key in ("error", "result"):
-        if key in found:
-            data[key] = json.loads(found[key])
-    return MergeRecord.model_validate(data)

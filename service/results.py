@@ -8,7 +8,7 @@ import json
 from merging import __version__, catalog
 from merging.recipe import Recipe
 from service.clock import now
-from service.documents import MergeRecord, result_key
+from service.documents import MergeRecord, attempts_prefix, result_key
 from service.jobs import Jobs
 from service.storage import Storage
 
@@ -44,11 +44,14 @@ def reuse(jobs: Jobs, storage: Storage, record: MergeRecord) -> MergeRecord | No
     source = jobs.find(record.tenant, known) if known else None
     if source is None or source.result is None or source.digest != record.digest:
         return None
-    for entry in source.result.files:
-        origin = result_key(record.tenant, source.id, source.result.attempt, entry.path)
-        if storage.size(origin) != entry.size:
-            return None
-        storage.copy(origin, result_key(record.tenant, record.id, source.result.attempt, entry.path))
+    attempt = source.result.attempt
+    try:
+        for entry in source.result.files:
+            origin = result_key(record.tenant, source.id, attempt, entry.path)
+            storage.copy(origin, result_key(record.tenant, record.id, attempt, entry.path))
+    except FileNotFoundError:  # deleted meanwhile, or lost
+        storage.delete_prefix(attempts_prefix(record.tenant, record.id))
+        return None
     moment = now()
     ended = record.model_copy(
         update={
@@ -57,7 +60,7 @@ def reuse(jobs: Jobs, storage: Storage, record: MergeRecord) -> MergeRecord | No
             "progress": 1.0,
             "started_at": moment,
             "finished_at": moment,
-            "attempt": source.result.attempt,
+            "attempt": attempt,
             "cached_from": source.cached_from or source.id,
             "result": source.result,
         }

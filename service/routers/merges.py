@@ -15,8 +15,8 @@ from service.deps import Cursor, Limit, ReaderDep, Services, ServicesDep, Tenant
 from service.documents import MergeRecord, MergeState, result_key
 from service.errors import Conflict, NotFound
 from service.gates import BODY_LIMIT
-from service.jobs import new_id, new_record
 from service.names import MERGE_ID_PATTERN
+from service.records import new_id, new_record
 from service.registry import hide_folder
 from service.results import job_digest, reuse
 from service.schemas.merges import Merge, MergePage, MergeRequest, MergeSummary
