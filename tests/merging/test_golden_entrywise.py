@@ -257,3 +257,24 @@ def test_core_svd_is_exact_for_small_matrices() -> None:
     matrix = torch.randn(2, 6, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     svd = core_svd(matrix)
     assert_close(svd.U * svd.S.unsqueeze(-2) @ svd.Vh, matrix, 1e-14)
+
+
+@pytest.mark.parametrize("space", ["core", "full"])
+@pytest.mark.parametrize("name", [*SETS, "wide12", "single4"])
+def test_core_space_dare_given_its_masks(
+    core_file: Golden, monkeypatch: pytest.MonkeyPatch, space: str, name: str
+) -> None:
+    # The reference adds the kept and rescaled entries.
+    checked = 0
+    for layer in LAYERS:
+        key = f"{name}.{space}.dare_p0.3_lmcFalse.f64"
+        stack = core_file.stack(name, layer)
+        masks = [core_file.tensors.get(f"aux.{key}.mask.{layer}.t{t}") for t in range(stack.T)]
+        expected = core_file.tensors.get(f"out.{key}.{layer}")
+        if expected is None or any(mask is None for mask in masks):
+            continue
+        injected(monkeypatch, {layer: torch.stack([mask for mask in masks if mask is not None])})
+        [merged] = run("dare_linear", [stack], {"density": 0.7, "core_gauge": "asis"}, space=space)
+        assert_close(merged, expected, 1e-9)
+        checked += 1
+    assert checked == len(LAYERS)
