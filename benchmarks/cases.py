@@ -79,6 +79,23 @@ def peft_svd_parts() -> Iterator[Case]:
         yield Case(f"PEFT svd, one {name.partition('.')[2]}", "peft", "big", None, once=True, options=options)
 
 
+def core_space_reference(checkout: str) -> Iterator[Case]:
+    """The Core Space authors' own code: as it is on the small set, without its rank print on both."""
+    for set_, rank_print in (("small", True), ("small", False), ("big", False)):
+        for name, config in (
+            ("sum", {"merge_method": "sum"}),
+            ("ties", {"merge_method": "ties", "topK": 20}),
+            ("tsv, isotropize", {"merge_method": "tsv", "isotropize": True}),
+        ):
+            if rank_print and name != "sum":
+                continue
+            what = "as it is" if rank_print else "no rank print"
+            options = {"checkout": checkout, "rank_print": rank_print, "config": config}
+            yield Case(
+                f"Core Space reference, {name} ({what})", "reference", set_, once=True, options=options
+            )
+
+
 def full_space() -> Iterator[Case]:
     """TIES in full space, with an adapter of rank 16 as output."""
     yield Case("floor: full space", "floor", floor=None, once=True, options={"what": "full_space"})

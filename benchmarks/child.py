@@ -18,7 +18,7 @@ Step = Callable[[], None]
 
 def main() -> None:
     case = json.loads(sys.argv[1])
-    step = {"floor": _floor, "ours": _ours, "peft": _peft}[case["tool"]](case)
+    step = {"floor": _floor, "ours": _ours, "peft": _peft, "reference": _reference}[case["tool"]](case)
     wall, before = time.perf_counter(), _cpu()
     step()
     print(
@@ -56,6 +56,17 @@ def _ours(case: dict[str, Any]) -> Step:
     catalog.load_kernel(catalog.get(case["recipe"]["merge_method"]))
     recipe = {"models": [{"model": path} for path in case["inputs"]], **case["recipe"]}
     return lambda: void(engine.merge(recipe, case["out"], device="cpu", threads=case.get("threads", 1)))
+
+
+def _reference(case: dict[str, Any]) -> Step:
+    import torch
+
+    from benchmarks import reference
+
+    torch.set_num_threads(1)
+    paths = [Path(path) for path in case["inputs"]]
+    out = Path(case["out"]).with_suffix(".safetensors")
+    return reference.step(Path(case["checkout"]), paths, out, rank_print=case["rank_print"], **case["config"])
 
 
 def _peft(case: dict[str, Any]) -> Step:

@@ -158,6 +158,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--full-space", action="store_true", help="TIES in full space too (minutes)")
     parser.add_argument("--whole-model", action="store_true", help="the adapters of an 8B model too (1.3 GB)")
     parser.add_argument("--peft-svd", action="store_true", help="PEFT's svd on single big layers (minutes)")
+    parser.add_argument("--core-space-reference", help="a checkout of the Core Space authors' repository")
     parser.add_argument("--only", help="only cases whose name contains this, and the floors")
     options = parser.parse_args(argv)
     options.scratch.mkdir(parents=True, exist_ok=True)
@@ -184,6 +185,8 @@ def _chosen(options: argparse.Namespace) -> list[Case]:
         chosen += cases.whole_model()
     if options.peft_svd:
         chosen += cases.peft_svd_parts()
+    if options.core_space_reference:
+        chosen += cases.core_space_reference(options.core_space_reference)
     if options.only:
         chosen = [case for case in chosen if options.only in case.name or case.tool == "floor"]
     return chosen
