@@ -46,6 +46,12 @@ class TooLarge(ServiceError):
     status = 413
 
 
+class NoSpace(ServiceError):
+    """There is no room left for what the request brings."""
+
+    status = 507
+
+
 class TooOften(ServiceError):
     """The tenant sends more requests than it may."""
 

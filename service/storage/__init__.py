@@ -1,0 +1,16 @@
+"""Object storage: immutable blobs named by their content, and small JSON documents."""
+
+from service.storage.blobs import Blob, DigestMismatch, StreamTooLong, blob_key
+from service.storage.failures import StorageRefused, StorageUnavailable
+from service.storage.objects import Entry, Storage
+
+__all__ = [
+    "Blob",
+    "DigestMismatch",
+    "Entry",
+    "Storage",
+    "StorageRefused",
+    "StorageUnavailable",
+    "StreamTooLong",
+    "blob_key",
+]
