@@ -147,6 +147,7 @@ def contract_text(contract: dict[str, Any]) -> str:
         "needs_base": "needs the base model",
         "data": "needs samples or statistics",
         "dense_inputs": "also takes dense task vectors",
+        "initial": "takes no trained models: `model` names a task",
     }
     lines += [f"- {text}" for key, text in remarks.items() if contract[key]]
     return "\n".join(lines)

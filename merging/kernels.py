@@ -29,7 +29,8 @@ class Context:
 
     ``params`` are the global parameters, ``per_model[i]`` those of model ``i``, ``digests[i]`` its content.
     ``rank`` is the output rank the recipe asks for, if it does. ``budget`` bounds the working memory in
-    bytes. ``warn(code, message)`` reaches the report. ``shared`` is what the survey passes found.
+    bytes. ``warn(code, message)`` reaches the report. ``shared`` is what the survey passes found. ``data`` is
+    what methods that look at data see (:class:`merging.calibration.plane.Calibration`).
     """
 
     params: MethodParams
@@ -41,6 +42,7 @@ class Context:
     budget: int = GIB // 2
     warn: Callable[[str, str], None] = field(default=lambda code, message: None)
     shared: Any = None
+    data: Any = None
 
     def of(self, stack: Tasks) -> tuple[MethodParams, ...]:
         """The parameters of the tasks that are present in ``stack``."""

@@ -15,7 +15,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from merging.catalog import entrywise, linear, named, sparse, spectral
+from merging.catalog import data, entrywise, linear, named, sparse, spectral
 from merging.catalog.spec import Contract, Method, MethodParams, Paper
 from merging.errors import InputError
 from merging.recipe import Recipe
@@ -34,7 +34,7 @@ __all__ = [
 ]
 
 ALIASES = {"task_arithmetic": "linear", "cat": "linear"}
-_FAMILIES = (linear, entrywise, sparse, named, spectral)
+_FAMILIES = (linear, entrywise, sparse, named, spectral, data)
 
 
 @cache
@@ -99,7 +99,7 @@ def resolve(recipe: Recipe) -> Resolved:
 
     Raises :class:`InputError` naming the parameter: ``unknown_parameter``, ``invalid_parameter``,
     ``parameter_not_per_model``, ``space_not_supported``, ``too_few_models``, ``too_many_models``,
-    ``output_not_supported``.
+    ``output_not_supported``, ``isotropize_in_full_space``.
     """
     method = get(recipe.merge_method)
     _check_counts(method, len(recipe.models))
@@ -117,6 +117,8 @@ def resolve(recipe: Recipe) -> Resolved:
         preset = {"lambda": 1.0, **method.presets.get(str(compat), {})}
         given = {**preset, **given}
     params = _validate(method, given, "parameters")
+    if space == "full" and getattr(params, "isotropize", False):
+        raise isotropize_in_full_space()
     per_model = []
     for index, entry in enumerate(recipe.models):
         where = f"models[{index}].parameters"
@@ -130,6 +132,16 @@ def resolve(recipe: Recipe) -> Resolved:
                 )
         per_model.append(_validate(method, {**given, **entry.parameters}, where))
     return Resolved(method, space, params, tuple(per_model))
+
+
+def isotropize_in_full_space() -> InputError:
+    """Why ``isotropize`` is refused there."""
+    return InputError(
+        "isotropize_in_full_space",
+        "isotropize needs the small coordinates of `space: core` or `space: knots`",
+        remedy="Set `space: core`, or use `iso_c` for the isotropic merge of the sum.",
+        where={"field": "parameters.isotropize"},
+    )
 
 
 def _names(method: Method) -> tuple[str, ...]:

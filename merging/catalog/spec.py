@@ -70,7 +70,7 @@ class Contract:
 
     ``spaces`` is empty for methods that choose their own coordinates; ``ordered`` says that the order of
     the models has a meaning (otherwise it never reaches the result); ``multi_output`` methods write one
-    adapter per task; ``data`` methods need samples or statistics.
+    adapter per task; ``data`` methods need samples or statistics; ``initial`` ones take no trained models.
     """
 
     min_models: int = 1
@@ -83,6 +83,7 @@ class Contract:
     needs_base: bool = False
     data: bool = False
     dense_inputs: bool = False
+    initial: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -96,6 +97,7 @@ class Contract:
             "needs_base": self.needs_base,
             "data": self.data,
             "dense_inputs": self.dense_inputs,
+            "initial": self.initial,
         }
 
 
