@@ -6,7 +6,7 @@ on the coordinates of any space in row blocks, so that full space never holds ``
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from merging import rules, spaces
+from merging.catalog import isotropize_in_full_space
 from merging.catalog.entrywise import SpaceParams, VotingParams
-from merging.errors import InputError
 from merging.kernels import Context, Merged, entry_blocks
 from merging.lowrank import ThinSVD, thin_svd
 from merging.sparsify import Sparsifier
@@ -27,11 +27,14 @@ Combine = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class Majority:
-    """What the sparsifier's surveys found, and the majority sign of the whole model (TIES authors' code)."""
+class Whole:
+    """What is known of the whole model: the sparsifier's findings and, where the TIES authors' code counts
+    over all modules, the squared norm of each task after sparsification and the majority sign.
+    """
 
     inner: Any
-    sign: float
+    squares: Tensor | None = None
+    sign: float | None = None
 
 
 @dataclass(frozen=True)
@@ -42,32 +45,38 @@ class Entrywise:
     election: bool
 
     def surveys(self, ctx: Context) -> int:
-        return self.sparsifier.surveys(ctx) + int(self._global_majority(ctx))
+        return self.sparsifier.surveys(ctx) + int(self._global_squares(ctx)) + int(self._global_majority(ctx))
 
     def survey(self, index: int, stack: UpdateStack, ctx: Context) -> Any:
         place = placed(stack, ctx)
         if index < self.sparsifier.surveys(ctx):
             return self.sparsifier.survey(index, place, stack, ctx)
-        return float(self._sign_total(place, stack, ctx).sum())
+        if self._finds_squares(index, ctx):
+            found = torch.zeros(len(ctx.per_model), dtype=torch.float64)
+            found[list(stack.tasks)] = self._squares(place, stack, ctx).sum(0).cpu()
+            return found
+        ctx, whole = _opened(ctx)
+        return float(self._sign_total(place, stack, ctx, whole).sum())
 
     def reduce(self, index: int, partials: Sequence[Any], ctx: Context) -> Any:
         if index < self.sparsifier.surveys(ctx):
             return self.sparsifier.reduce(index, partials, ctx)
+        if self._finds_squares(index, ctx):
+            return Whole(ctx.shared, squares=sum(partials))
         total = sum(partials)
-        return Majority(ctx.shared, float((total > 0) - (total < 0)))
+        ctx, whole = _opened(ctx)
+        return replace(whole, sign=float((total > 0) - (total < 0)))
 
     def merge(self, stack: UpdateStack, ctx: Context) -> Merged:
         place = placed(stack, ctx)
-        majority = ctx.shared.sign if isinstance(ctx.shared, Majority) else None
-        if majority is not None:
-            ctx = replace(ctx, shared=ctx.shared.inner)
-        combine = self._combination(place, stack, ctx, majority)
+        ctx, whole = _opened(ctx)
+        combine = self._combination(place, stack, ctx, whole)
         apply = self.sparsifier.prepare(place, stack, ctx)
         merged = in_blocks(place.coordinates, ctx, lambda x, start: combine(apply(x, start)))
         return finished(place, merged, ctx)
 
     def _combination(
-        self, place: spaces.Placement, stack: UpdateStack, ctx: Context, majority: float | None
+        self, place: spaces.Placement, stack: UpdateStack, ctx: Context, whole: Whole
     ) -> Combine:
         weights = ctx.weights(stack).to(place.coordinates.like).view(-1, 1, 1)
         weighted = weighting(ctx, stack, place.coordinates.like)
@@ -81,49 +90,85 @@ class Entrywise:
             return lambda y: _peft(y, rules.elect(y, method, 1.0), weights)
         zero: Tensor | float = 1.0
         if compat == "paper":
-            zero = majority if majority is not None else self._majority(place, stack, ctx)
+            zero = whole.sign if whole.sign is not None else self._majority(place, stack, ctx, whole)
         divisor = weights if params.normalize else None
+        squares = self._voting_squares(place, stack, ctx, whole)
 
         def combine(y: Tensor) -> Tensor:
             y = weighted(y)
-            return rules.disjoint_(y, rules.elect(y, method, zero), agg, divisor)
+            return rules.disjoint_(y, rules.elect(y, method, zero, squares), agg, divisor)
 
         return combine
 
-    def _majority(self, place: spaces.Placement, stack: UpdateStack, ctx: Context) -> Tensor:
-        return self._sign_total(place, stack, ctx).sign().view(-1, 1, 1, 1)
+    def _majority(self, place: spaces.Placement, stack: UpdateStack, ctx: Context, whole: Whole) -> Tensor:
+        return self._sign_total(place, stack, ctx, whole).sign().view(-1, 1, 1, 1)
 
-    def _sign_total(self, place: spaces.Placement, stack: UpdateStack, ctx: Context) -> Tensor:
+    def _sign_total(self, place: spaces.Placement, stack: UpdateStack, ctx: Context, whole: Whole) -> Tensor:
         """The sum of the elected signs of each module, ``(G,)``."""
         params = ctx.params
         assert isinstance(params, VotingParams)
-        weighted = weighting(ctx, stack, place.coordinates.like)
-        apply = self.sparsifier.prepare(place, stack, ctx)
+        method, squares = params.majority_sign_method, self._voting_squares(place, stack, ctx, whole)
         total = torch.zeros(stack.G, dtype=torch.float64, device=place.coordinates.like.device)
-        for x, start in entry_blocks(place.coordinates, ctx.budget):
-            sign = rules.elect(weighted(apply(x, start)), params.majority_sign_method, 0.0)
-            total += sign.sum((-3, -2, -1))
+        for y in self._sparse(place, stack, ctx):
+            total += rules.elect(y, method, 0.0, squares).sum((-3, -2, -1))
         return total
 
+    def _voting_squares(
+        self, place: spaces.Placement, stack: UpdateStack, ctx: Context, whole: Whole
+    ) -> Tensor | None:
+        """The squared norms that shares are taken of, ``(G or 1, T, 1, 1)``; ``None`` if votes need none."""
+        if not _by_share(ctx):
+            return None
+        if whole.squares is not None:
+            return whole.squares[list(stack.tasks)].to(place.coordinates.like).view(1, -1, 1, 1)
+        return self._squares(place, stack, ctx).view(stack.G, stack.T, 1, 1)
+
+    def _squares(self, place: spaces.Placement, stack: UpdateStack, ctx: Context) -> Tensor:
+        """The squared norm of each task after sparsification, ``(G, T)``."""
+        like = place.coordinates.like
+        total = torch.zeros((stack.G, stack.T), dtype=torch.float64, device=like.device)
+        for y in self._sparse(place, stack, ctx):
+            total += y.square().sum((-2, -1))
+        return total
+
+    def _sparse(self, place: spaces.Placement, stack: UpdateStack, ctx: Context) -> Iterator[Tensor]:
+        """The weighted entries that vote, block by block."""
+        weighted = weighting(ctx, stack, place.coordinates.like)
+        apply = self.sparsifier.prepare(place, stack, ctx)
+        for x, start in entry_blocks(place.coordinates, ctx.budget):
+            yield weighted(apply(x, start))
+
     def _global_majority(self, ctx: Context) -> bool:
-        params = ctx.params
-        return (
-            self.election
-            and getattr(params, "compat", None) == "paper"
-            and getattr(params, "trim_scope", "tensor") == "global"
-        )
+        return self.election and _over_all_modules(ctx)
+
+    def _global_squares(self, ctx: Context) -> bool:
+        return self._global_majority(ctx) and _by_share(ctx)
+
+    def _finds_squares(self, index: int, ctx: Context) -> bool:
+        return self._global_squares(ctx) and index == self.sparsifier.surveys(ctx)
+
+
+def _opened(ctx: Context) -> tuple[Context, Whole]:
+    """The context as the sparsifier expects it, and what is known of the whole model beside."""
+    if not isinstance(ctx.shared, Whole):
+        return ctx, Whole(ctx.shared)
+    return replace(ctx, shared=ctx.shared.inner), ctx.shared
+
+
+def _over_all_modules(ctx: Context) -> bool:
+    compat, scope = (getattr(ctx.params, name, None) for name in ("compat", "trim_scope"))
+    return compat == "paper" and scope == "global"
+
+
+def _by_share(ctx: Context) -> bool:
+    return str(getattr(ctx.params, "majority_sign_method", "")).startswith("norm")
 
 
 def placed(stack: UpdateStack, ctx: Context) -> spaces.Placement:
     """The stack in the coordinates of the recipe's space. Raises ``isotropize_in_full_space``."""
     assert isinstance(ctx.params, SpaceParams)
     if ctx.params.isotropize and ctx.space == "full":
-        raise InputError(
-            "isotropize_in_full_space",
-            "isotropize needs the small coordinates of `space: core` or `space: knots`",
-            remedy="Set `space: core`, or use `iso_c` for the isotropic merge of the sum.",
-            where={"field": "parameters.isotropize"},
-        )
+        raise isotropize_in_full_space()
     return spaces.place(stack, ctx.space or "full", gauge=ctx.params.core_gauge)
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-SignMethod = Literal["total", "frequency"]
+SignMethod = Literal["total", "frequency", "normfrac", "normmass"]
 Aggregate = Literal["mean", "sum", "max"]
 Counting = Literal["floor", "inclusive", "complement"]
 
@@ -50,18 +50,31 @@ def kept_count(entries: int, density: float, counting: Counting = "floor") -> in
     return min(entries, max(1, kept))
 
 
-def elect(x: Tensor, method: SignMethod, zero: Tensor | float) -> Tensor:
+def elect(x: Tensor, method: SignMethod, zero: Tensor | float, squares: Tensor | None = None) -> Tensor:
     """The sign of each position over the tasks, ``(..., 1, rows, cols)``.
 
-    ``total`` takes the sign of the sum, ``frequency`` the sign of the sum of signs. ``zero`` replaces a sign
-    of zero (+1 in PEFT and mergekit, the majority sign of the tensor in the TIES paper's code).
+    ``total`` takes the sign of the sum, ``frequency`` the sign of the sum of signs. The other two compare
+    each entry's share ``x^2 / ||x||^2`` of its own task, ``squares (..., T, 1, 1)`` being the ``||x||^2``:
+    ``normfrac`` takes the sign of the largest share, ``normmass`` the sign of the sum of the signed shares.
+    ``zero`` replaces a sign of zero (+1 in PEFT and mergekit, the majority sign of the tensor in the TIES
+    paper's code).
     """
-    votes = x if method == "total" else x.sign()
-    total = votes.sum(-3, keepdim=True)
+    total = _votes(x, method, squares)
     if isinstance(zero, float) and zero == 1.0:
         return total.ge_(0.0).mul_(2.0).sub_(1.0)
     sign = total.sign_()
     return sign.add_((sign == 0) * torch.as_tensor(zero, dtype=x.dtype, device=x.device))
+
+
+def _votes(x: Tensor, method: SignMethod, squares: Tensor | None) -> Tensor:
+    if method in ("total", "frequency"):
+        return (x if method == "total" else x.sign()).sum(-3, keepdim=True)
+    assert squares is not None
+    inverse = squares.to(x).clamp_min(torch.finfo(x.dtype).tiny).reciprocal()
+    if method == "normmass":
+        return (x * x.abs()).mul_(inverse).sum(-3, keepdim=True)
+    leader = (x * x).mul_(inverse).argmax(-3, keepdim=True)
+    return x.gather(-3, leader)
 
 
 def agreeing_(x: Tensor, sign: Tensor) -> Tensor:

@@ -203,9 +203,6 @@ def _validate(method: Method, values: Mapping[str, Any], where: str) -> MethodPa
         return method.Params.model_validate_json(json.dumps(dict(values)), strict=True)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        field = ".".join(str(part) for part in first["loc"][:1])
-        raise InputError(
-            "invalid_parameter",
-            f"{where}: {field}: {first['msg']}",
-            where={"field": f"{where}.{field}"},
-        ) from error
+        field = ".".join((where, *(str(part) for part in first["loc"][:1])))
+        message = first["msg"].removeprefix("Value error, ")
+        raise InputError("invalid_parameter", f"{field}: {message}", where={"field": field}) from error

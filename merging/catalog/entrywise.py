@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from merging.catalog.spec import PER_MODEL, Compat, Contract, LambdaAuto, Method, MethodParams, Paper
 
@@ -45,8 +45,12 @@ class EntrywiseParams(SpaceParams):
 
 
 class VotingParams(LambdaAuto, SpaceParams):
-    majority_sign_method: Literal["total", "frequency"] = Field(
-        default="total", description="Elect each sign by the sum of the entries or by their count."
+    majority_sign_method: Literal["total", "frequency", "normfrac", "normmass"] = Field(
+        default="total",
+        description=(
+            "Elect each sign by the sum of the entries, by their count, by the entry with the largest share "
+            "of its task's squared norm, or by the sum of these shares."
+        ),
     )
     agg: Literal["mean", "sum", "max"] = Field(
         default="mean", description="How the entries that agree with the elected sign are combined."
@@ -57,6 +61,16 @@ class VotingParams(LambdaAuto, SpaceParams):
             "With `agg: mean`, divide by the sum of the weights of the agreeing models, not by their count."
         ),
     )
+
+    @model_validator(mode="after")
+    def _votes_that_the_peer_knows(self) -> Self:
+        compat = getattr(self, "compat", None)
+        if compat in ("peft", "mergekit") and self.majority_sign_method.startswith("norm"):
+            raise ValueError(
+                f"majority_sign_method {self.majority_sign_method!r} does not exist in {compat}: "
+                "use total or frequency, or another compat"
+            )
+        return self
 
 
 class ElectionParams(VotingParams):

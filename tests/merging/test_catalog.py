@@ -55,6 +55,12 @@ def test_aliases_are_other_names_for_the_same_method() -> None:
         ({"parameters": {"densty": 0.2}}, "unknown_parameter", "parameters.densty"),
         ({"parameters": {"density": "0.2"}}, "invalid_parameter", "parameters.density"),
         ({"parameters": {"density": True}}, "invalid_parameter", "parameters.density"),
+        (
+            {"parameters": {"compat": "peft", "majority_sign_method": "normmass"}},
+            "invalid_parameter",
+            "parameters",
+        ),
+        ({"parameters": {"isotropize": True}}, "isotropize_in_full_space", "parameters.isotropize"),
         ({"parameters": {"density": 0}}, "invalid_parameter", "parameters.density"),
         ({"parameters": {"density": 1.01}}, "invalid_parameter", "parameters.density"),
         ({"parameters": {"lambda": "large"}}, "invalid_parameter", "parameters.lambda"),

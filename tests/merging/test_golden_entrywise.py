@@ -92,6 +92,21 @@ def test_ties_with_global_trimming_is_the_reference(
     assert_close(flat, ties_file.tensors[key], 1e-10)
 
 
+@pytest.mark.parametrize("name", SETS)
+@pytest.mark.parametrize("votes", ["normfrac", "normmass"])
+@pytest.mark.parametrize("percent", ["20", "50", "0.3"])
+@pytest.mark.parametrize("budget", [1 << 28, 40_000], ids=["one-block", "row-blocks"])
+def test_votes_by_share_of_the_norm_are_the_reference(
+    ties_file: Golden, name: str, votes: str, percent: str, budget: int
+) -> None:
+    density = {"20": 0.2, "50": 0.5, "0.3": 0.3}[percent]
+    parameters = {"compat": "paper", "density": density, "majority_sign_method": votes}
+    stacks = [ties_file.stack(name, layer) for layer in LAYERS]
+    merged = run("ties", stacks, parameters, budget=budget)
+    flat = torch.cat([m.flatten() for m in merged])
+    assert_close(flat, ties_file.tensors[f"out.{name}.topk{percent}_{votes}_dis-mean"], 1e-10)
+
+
 @pytest.mark.parametrize("percent", ["50", "25", "none"])
 @pytest.mark.parametrize("agg", ["mean", "sum", "max"])
 def test_ties_edge_cases_with_equal_magnitudes_and_zero_sums(
