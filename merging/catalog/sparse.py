@@ -52,7 +52,7 @@ DellaRescale: Any = Field(
 MERGEKIT_TEXT = "`mergekit` reproduces its rules; `lambda` is then 1.0."
 
 
-class BreadcrumbsParams(SpaceParams):
+class BreadcrumbsParams(LambdaAuto, SpaceParams):
     compat: Literal["paper", "mergekit"] | None = Field(default=None, description=BAND_COMPAT)
     density: float = BandDensity
     gamma: float = Gamma
@@ -78,7 +78,7 @@ def _check_range(epsilon: float, info: ValidationInfo) -> float:
     return epsilon
 
 
-class DellaLinearParams(SpaceParams):
+class DellaLinearParams(LambdaAuto, SpaceParams):
     compat: Literal["mergekit"] | None = Field(default=None, description=MERGEKIT_TEXT)
     density: float = DareDensity
     epsilon: float = Epsilon
