@@ -76,7 +76,9 @@ def merge(
                 digest, report, files = _run(
                     prepared, result.path, device=where, threads=threads, steps=steps
                 )
-            except torch.OutOfMemoryError as error:
+            except (MemoryError, RuntimeError) as error:
+                if not out_of_memory(error):
+                    raise
                 raise MergeFailure(
                     "out_of_memory",
                     f"the merge does not fit into the memory of {where}",
@@ -84,6 +86,11 @@ def merge(
                 ) from error
         steps.say("publish")
     return MergeResult(Path(out_dir), digest, report, time.perf_counter() - started, files)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out; torch has no type of its own for that on a CPU."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def pick_device(name: str) -> torch.device:

@@ -18,9 +18,19 @@ TRANSIENT = (exceptions.ConnectionError, exceptions.TimeoutError, exceptions.Bus
 """What a restarting or unreachable server raises."""
 
 PRIORITIES = ("high", "normal", "low")
+SIZES = (4, 8, 16, 24, 48, 80)
+"""Memory classes: a merge of a class runs on workers with at least so many GB of memory."""
 NORMAL_QUEUE = "merges"
-QUEUES = ("merges-high", NORMAL_QUEUE, "merges-low")
-"""The work queues, one for each priority, the first one served first."""
+
+
+def queue_name(priority: str, size: int) -> str:
+    """The work queue of a priority and a memory class."""
+    name = NORMAL_QUEUE if size == SIZES[0] else f"{NORMAL_QUEUE}-{size}g"
+    return name if priority == "normal" else f"{name}-{priority}"
+
+
+QUEUES = tuple(queue_name(priority, size) for priority in PRIORITIES for size in reversed(SIZES))
+"""The work queues, the first one served first: by priority, then what only large workers can do."""
 
 TASK = "workers.tasks.run_merge"
 """The job function, named and never imported here."""
@@ -82,6 +92,11 @@ def merge_key(tenant: str, merge_id: str) -> str:
 def events_key(tenant: str, merge_id: str) -> str:
     """Stream: the events of one merge."""
     return f"mg:{tenant}:merge:{merge_id}:events"
+
+
+def transition_keys(tenant: str, merge_id: str) -> list[str]:
+    """What the scripts that change the state of a merge work on, in their order."""
+    return [merge_key(tenant, merge_id), events_key(tenant, merge_id), ACTIVE, UNSAVED, merges_key(tenant)]
 
 
 def merges_key(tenant: str, state: str | None = None) -> str:

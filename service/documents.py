@@ -65,6 +65,8 @@ class MergeRecord(Document):
     state: MergeState = "queued"
     recipe: dict[str, Any]
     priority: Priority = "normal"
+    memory_bytes: int = 0
+    """What the merge is thought to need at its peak; more, after it did not fit."""
     digest: str | None = None
     """Of the job: equal digests, equal results."""
     cached_from: str | None = None

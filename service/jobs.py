@@ -21,15 +21,16 @@ from merging.recipe import Recipe
 from service import outlook, tally, transitions
 from service.broker import (
     ACTIVE,
-    PRIORITIES,
     QUEUES,
     TASK,
     UNSAVED,
     events_key,
     merge_key,
     merges_key,
+    queue_name,
     results_key,
     text,
+    transition_keys,
 )
 from service.clock import millis, now
 from service.documents import (
@@ -37,7 +38,6 @@ from service.documents import (
     MergeRecord,
     MergeResult,
     MergeState,
-    Priority,
     attempts_prefix,
     record_key,
 )
@@ -45,6 +45,7 @@ from service.errors import Conflict, NotFound
 from service.paging import page
 from service.problems import describe
 from service.records import decode, encode, new_record
+from service.sizes import move_up, size_for
 from service.storage import Storage
 
 MAX_RETRIES = 5
@@ -61,8 +62,7 @@ class Jobs:
         self._redis = connection
         self._storage = storage
         self._queues = {
-            priority: Queue(name, connection=connection, serializer=JSONSerializer)
-            for priority, name in zip(PRIORITIES, QUEUES, strict=True)
+            name: Queue(name, connection=connection, serializer=JSONSerializer) for name in QUEUES
         }
         self._claim = connection.register_script(transitions.CLAIM)
         self._report = connection.register_script(transitions.REPORT)
@@ -90,8 +90,8 @@ class Jobs:
                 f"the merge {merge_id} is {old.state}",
                 remedy="Only merges that failed or were cancelled can be repeated",
             )
-        same = {"name": old.name, "priority": old.priority, "digest": old.digest, "retry_of": old.id}
-        return self.create(tenant, Recipe.load(old.recipe), **same, **more)
+        same = old.model_dump(include={"name", "priority", "digest", "memory_bytes"})
+        return self.create(tenant, Recipe.load(old.recipe), retry_of=old.id, **same, **more)
 
     def entered(self, tenant: str, merge_id: str) -> bool:
         """Whether a merge exists as a whole: it is in Redis, or it has ended."""
@@ -112,14 +112,13 @@ class Jobs:
             pipe.sadd(ACTIVE, f"{tenant}/{merge_id}")
             data = json.dumps({"state": "queued", "at": record.created_at})
             pipe.xadd(events_key(tenant, merge_id), {"event": "state", "data": data})
-            self.push(tenant, merge_id, record.priority, pipe)
+            self.push(record, pipe)
             pipe.execute()
 
-    def push(
-        self, tenant: str, merge_id: str, priority: Priority = "normal", pipe: Pipeline | None = None
-    ) -> None:
-        """Put the job of a merge into the queue of its priority. Its payload is two ids."""
-        self._queues[priority].enqueue_call(
+    def push(self, record: MergeRecord, pipe: Pipeline | None = None) -> None:
+        """Put the job of a merge into the queue of its priority and size. Its payload is two ids."""
+        tenant, merge_id = record.tenant, record.id
+        self._queues[queue_name(record.priority, size_for(record.memory_bytes))].enqueue_call(
             TASK,
             args=(tenant, merge_id),
             job_id=merge_id,
@@ -252,6 +251,10 @@ class Jobs:
         data = json.dumps({"phase": phase, "progress": round(progress, 4), "message": message})
         return self._run(self._report, tenant, merge_id, attempt, phase, f"{progress:.4f}", message, data)
 
+    def move_up(self, tenant: str, merge_id: str, attempt: str, memory: int, reason: str) -> int | None:
+        """Let a merge that did not fit into ``memory`` bytes wait for a larger worker; its class, or None."""
+        return move_up(self._redis, tenant, merge_id, attempt, memory=memory, reason=reason)
+
     def publish(self, tenant: str, merge_id: str, result: MergeResult) -> str:
         """End a merge with a result: 'finished', or 'superseded', or the state that forbids it."""
         return self._end(
@@ -309,14 +312,7 @@ class Jobs:
             outlook.note(self._redis, seconds)
 
     def _run(self, script: Script, tenant: str, merge_id: str, *arguments: str) -> str:
-        keys = [
-            merge_key(tenant, merge_id),
-            events_key(tenant, merge_id),
-            ACTIVE,
-            UNSAVED,
-            merges_key(tenant),
-        ]
-        answer = script(keys=keys, args=list(arguments))
+        answer = script(keys=transition_keys(tenant, merge_id), args=list(arguments))
         return text(answer)
 
     # durability

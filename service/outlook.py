@@ -1,14 +1,13 @@
-"""What lies before a merge: its place in the queue, and a guess at when it will end."""
+"""What lies before a merge: its place in the queue, what holds it up, a guess at when it will end."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import redis
 
-from service.broker import PACE, PRIORITIES, QUEUES, text
+from service.broker import PACE, QUEUES, queue_name, text
 from service.clock import millis, now
 from service.documents import MergeRecord
+from service.sizes import served, size_for
 
 _WEIGHT = 0.3
 _TELLING = 0.1
@@ -26,14 +25,26 @@ def ahead(connection: redis.Redis, record: MergeRecord) -> int | None:
     """How many queued merges are to be started before this one; None when it is not in a queue."""
     if record.state != "queued":
         return None
-    count = 0
-    for priority, name in zip(PRIORITIES, QUEUES, strict=True):
-        key = f"rq:queue:{name}"
-        if priority == record.priority:
-            place: Any = connection.lpos(key, record.id)
-            return None if place is None else count + int(place)
-        count += connection.llen(key)
-    return None
+    own = queue_name(record.priority, size_for(record.memory_bytes))
+    with connection.pipeline(transaction=False) as pipe:
+        for name in QUEUES[: QUEUES.index(own)]:
+            pipe.llen(f"rq:queue:{name}")
+        pipe.lpos(f"rq:queue:{own}", record.id)
+        *before, place = pipe.execute()
+    return None if place is None else sum(before) + int(place)
+
+
+def obstacle(connection: redis.Redis, record: MergeRecord) -> str | None:
+    """Why a queued merge does not start, or None: no worker is there, or none that is large enough."""
+    if record.state != "queued":
+        return None
+    sizes = served(connection)
+    size = size_for(record.memory_bytes)
+    if size in sizes:
+        return None
+    if not sizes:
+        return "no worker is connected"
+    return f"no connected worker has {size} GB of memory; the largest has {sizes[-1]} GB"
 
 
 def eta(connection: redis.Redis, record: MergeRecord, before: int | None) -> float | None:

@@ -37,6 +37,7 @@ def decode(fields: Mapping[Any, Any]) -> MergeRecord:
     data.update({key: found[key] for key in _MUTABLE if key in found})
     data["progress"] = float(found.get("progress", "0"))
     data["attempts"] = int(found.get("attempts", "0"))
+    data["memory_bytes"] = int(found.get("memory_bytes", "0"))
     for key in ("error", "result"):
         if key in found:
             data[key] = json.loads(found[key])
@@ -54,4 +55,5 @@ def encode(record: MergeRecord) -> dict[Any, Any]:
         "phase": "queued",
         "progress": "0",
         "message": "",
+        "memory_bytes": record.memory_bytes,
     }

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import ByteSize, Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from merging.errors import InputError
@@ -40,6 +40,10 @@ class Settings(BaseSettings):
     """Where nothing is said: ``off`` for a service that only its own machine reaches, else ``keys``."""
     devices: str = "auto"
     """``auto``, or a comma-separated list of ``cpu``, ``cuda``, ``cuda:0``, ... : one worker for each."""
+    worker_memory: ByteSize | None = None
+    """What each worker may use, such as ``16GB``; none: all its GPU has, or its share of this machine's."""
+    warm_horses: bool = False
+    """Keep a process ready that has loaded torch, so that a merge need not wait for it."""
     max_upload_bytes: int = Field(default=16 * GIB, gt=0)
     max_tenant_bytes: int = Field(default=1024 * GIB, gt=0)
     reads_per_minute: int = Field(default=6000, ge=0)

@@ -5,6 +5,7 @@
     queued -> running -> succeeded | failed
       |          |
       |          +-> cancelling -> cancelled
+      |          +-> queued (for a worker with more memory)
       +-> cancelled
 
 Every attempt to run a merge has an id. ``CLAIM`` makes an attempt the current one; ``REPORT`` and
@@ -96,5 +97,19 @@ become('cancelling')
 redis.call('HSET', KEYS[1], 'cancelling_at', ARGV[1])
 event('state', ARGV[2])
 return 'cancelling'
+"""
+)
+
+# ARGV: attempt ('' for whoever supervises), bytes, message, event. The merge waits for a larger worker.
+# Answers 'queued', 'superseded', or the state that forbids it.
+MOVE = (
+    _COMMON
+    + """
+if ARGV[1] ~= '' and attempt ~= ARGV[1] then return 'superseded' end
+if state ~= 'running' then return state end
+become('queued')
+redis.call('HSET', KEYS[1], 'memory_bytes', ARGV[2], 'phase', 'queued', 'progress', '0', 'message', ARGV[3])
+event('state', ARGV[4])
+return 'queued'
 """
 )

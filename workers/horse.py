@@ -17,6 +17,7 @@ from service.logs import configure
 from service.settings import load_settings
 from workers import environment as env
 from workers.job import MergeJob
+from workers.memory import confine
 from workers.queue import ReliableQueue
 from workers.worker import MergeWorker
 
@@ -25,7 +26,10 @@ def main() -> int:
     """Run the job named by the environment; RQ ends the process with the job."""
     deathsig.die_with_parent(int(os.environ[env.WORKER_PID]))
     configure()
-    connection = connect(load_settings(), patient=True)
+    settings = load_settings()
+    if settings.worker_memory is not None and os.environ.get(env.DEVICE) == "cpu":
+        confine(int(settings.worker_memory))
+    connection = connect(settings, patient=True)
     worker = MergeWorker([], name=os.environ["RQ_WORKER_ID"], connection=connection, prepare_for_work=False)
     job = MergeJob.fetch(os.environ["RQ_JOB_ID"], connection=connection, serializer=JSONSerializer)
     queue = ReliableQueue(

@@ -7,9 +7,10 @@ import signal
 import sys
 
 from service import deathsig
-from service.broker import QUEUES, connect
+from service.broker import PRIORITIES, connect, queue_name
 from service.logs import configure
 from service.settings import load_settings
+from service.sizes import served_with
 from workers import environment as env
 from workers.worker import MergeWorker
 
@@ -19,8 +20,9 @@ def main() -> int:
     deathsig.die_with_parent(int(os.environ[env.SUPERVISOR_PID]))
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     configure()
+    sizes = served_with(int(os.environ[env.MEMORY]))
     worker = MergeWorker(
-        list(QUEUES),
+        [queue_name(priority, size) for priority in PRIORITIES for size in sizes],
         name=os.environ[env.WORKER_NAME],
         connection=connect(load_settings(), patient=True),
     )

@@ -20,6 +20,12 @@ from rq.queue import Queue
 from service.broker import TRANSIENT, text
 
 _POLL_SECONDS = 0.1
+_TAKE = """
+for _, key in ipairs(KEYS) do
+  local job = redis.call('LMOVE', key, key .. ':intermediate', 'LEFT', 'RIGHT')
+  if job then return {key, job} end
+end
+"""
 _log = logging.getLogger("merganser.worker")
 
 
@@ -38,13 +44,12 @@ class ReliableQueue(Queue):
     ) -> tuple[Job, Queue] | None:
         """The first job of the first queue that has one; ``DequeueTimeout`` after ``timeout`` seconds."""
         keys = [queue.key for queue in queues]
+        take = connection.register_script(_TAKE)
         deadline = None if timeout is None else time.monotonic() + timeout
         while True:
-            for key in keys:
-                moved = connection.lmove(key, f"{key}:intermediate", "LEFT", "RIGHT")
-                if moved is None:
-                    continue
-                job_id = text(moved)
+            moved: Any = take(keys=keys)
+            if moved is not None:
+                key, job_id = text(moved[0]), text(moved[1])
                 found: tuple[Job, Queue] | None = None
                 try:
                     found = cls._fetch_dequeued_job(
@@ -62,10 +67,9 @@ class ReliableQueue(Queue):
                 if found is not None:
                     return found
                 connection.lrem(f"{key}:intermediate", 1, job_id)  # deleted, or unreadable
-                break  # the queues of higher priority come first again
-            else:
-                if deadline is None:
-                    return None
-                if time.monotonic() >= deadline:
-                    raise DequeueTimeout(timeout, keys)
-                time.sleep(_POLL_SECONDS)
+                continue
+            if deadline is None:
+                return None
+            if time.monotonic() >= deadline:
+                raise DequeueTimeout(timeout, keys)
+            time.sleep(_POLL_SECONDS)

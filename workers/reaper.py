@@ -129,7 +129,7 @@ class Reaper:
                 self._jobs.fail(tenant, merge_id, "", describe(_lost(record.attempts)))
             else:
                 _log.warning("queued %s again: nobody had its job", merge_id)
-                self._jobs.push(tenant, merge_id, record.priority)
+                self._jobs.push(record)
 
     def _gave_up(self, merge_id: str) -> bool:
         status = self._redis.hget(MergeJob.key_for(merge_id), "status")

@@ -18,8 +18,9 @@ from service.jobs import Jobs
 from service.logs import configure
 from service.scratch import sweep
 from service.settings import Settings
+from service.sizes import served_with
 from service.storage import Storage
-from workers import devices
+from workers import devices, memory
 from workers import environment as env
 from workers.reaper import Reaper
 
@@ -38,6 +39,7 @@ class _Seat:
     """A device and the process that serves it at the moment."""
 
     device: devices.Device
+    memory: int
     process: subprocess.Popen[bytes] | None = None
     name: str = ""
     started: float = 0.0
@@ -50,7 +52,8 @@ class Supervisor:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._seats = [_Seat(device) for device in devices.parse(settings.devices)]
+        found = devices.parse(settings.devices)
+        self._seats = [_Seat(device, memory.of(device, found, settings)) for device in found]
         self._redis = connect(settings)
         storage = Storage.open(settings.storage_location)
         self._reaper = Reaper(self._redis, Jobs(self._redis, storage))
@@ -87,6 +90,7 @@ class Supervisor:
             env.SUPERVISOR_PID: str(os.getpid()),
             env.WORKER_NAME: seat.name,
             env.DEVICE: seat.device.kind,
+            env.MEMORY: str(seat.memory),
             "CUDA_VISIBLE_DEVICES": seat.device.gpu,
         }
         if cpus > 1 and seat.device.kind == "cpu":
@@ -98,7 +102,8 @@ class Supervisor:
             start_new_session=True,
         )
         seat.started = time.monotonic()
-        _log.info("started worker %s, process %d", seat.name, seat.process.pid)
+        classes = ", ".join(str(size) for size in served_with(seat.memory))
+        _log.info("started worker %s, process %d, for merges of %s GB", seat.name, seat.process.pid, classes)
 
     async def _bury(self, seat: _Seat) -> None:
         assert seat.process is not None

@@ -6,9 +6,11 @@ time (Redis or the storage away, the process killed) is left to RQ's retry.
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +28,11 @@ from service.scratch import scratch
 from service.settings import load_settings
 from service.sources import Sources
 from service.storage import Storage
-from workers import environment as env
+from workers.rungs import MovedUp, rungs, worker_memory
 
 _REPORT_SECONDS = 0.2
 _ENGINE_SHARE = 0.95
+Resolve = Callable[[str], Path]
 _log = logging.getLogger("merganser.task")
 
 
@@ -68,11 +71,14 @@ class Task:
             self._publish(self._merge(sources, folder))
         except Cancelled:
             self._stopped(self._say("stopping", 0.0, ""))
+        except MovedUp:
+            raise  # to RQ, which queues the job again, for a larger worker
         except MergeError as error:
             self._fail(hide_folder(hide_folder(error, folder / "inputs"), folder))
         except JobTimeoutException:
             self._fail(MergeFailure("timeout", "the merge took longer than a merge may take"))
         except MemoryError:
+            self._move_up("it ran out of memory")
             self._fail(MergeFailure("out_of_memory", "the merge does not fit into this worker's memory"))
         except (*TRANSIENT, OSError):
             raise  # tried again
@@ -88,17 +94,7 @@ class Task:
         self._advance("inputs", 0.0, "bringing the inputs")
         find = sources.place(self._tenant, recipe, folder / "inputs")
         self._advance("starting", 0.0, "starting the engine")
-        from merging.engine import merge
-
-        threads = os.environ.get(env.THREADS)
-        done = merge(
-            recipe,
-            folder / "result",
-            device=os.environ.get(env.DEVICE, "auto"),
-            threads=int(threads) if threads else None,
-            progress=self._progress,
-            resolve=find,
-        )
+        done = self._run_engine(recipe, record.memory_bytes, folder / "result", find)
         self._advance("store", _ENGINE_SHARE, "storing the result")
         files = []
         for path, sha256 in sorted(done.files.items()):
@@ -112,6 +108,38 @@ class Task:
             files=tuple(files),
             summary=done.report.get("summary", {}),
         )
+
+    def _run_engine(self, recipe: Recipe, need: int, out: Path, find: Resolve) -> Any:
+        """Run the engine; where memory runs out, leave the merge to a larger worker, or try with less."""
+        from merging.engine import merge
+
+        ladder = rungs(need)
+        for rung, following in zip(ladder, (*ladder[1:], None), strict=True):
+            try:
+                return merge(
+                    recipe,
+                    out,
+                    device=rung.device,
+                    threads=rung.threads,
+                    progress=self._progress,
+                    resolve=find,
+                )
+            except MergeFailure as error:
+                if error.code != "out_of_memory":
+                    raise
+                self._move_up(f"it ran out of memory on {rung}")
+                if following is None:
+                    raise
+                _log.warning("%s ran out of memory on %s; now on %s", self._id, rung, following)
+            gc.collect()
+            self._advance("starting", 0.0, f"it ran out of memory on {rung}; now on {following}")
+        raise AssertionError("a ladder has rungs")
+
+    def _move_up(self, reason: str) -> None:
+        """Raise :class:`MovedUp` if a larger worker is there, for which the merge now waits."""
+        size = self._jobs.move_up(self._tenant, self._id, self._attempt, worker_memory(), reason)
+        if size is not None:
+            raise MovedUp(f"{self._id} moved to the workers with {size} GB: {reason}")
 
     def _publish(self, result: MergeResult) -> None:
         answer = self._jobs.publish(self._tenant, self._id, result)

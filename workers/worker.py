@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 from typing import Any
 
@@ -18,7 +19,9 @@ from rq.job import Job
 from rq.queue import Queue
 from rq.serializers import JSONSerializer
 
-from service.broker import TRANSIENT
+from service.broker import TRANSIENT, merge_key, queue_name
+from service.records import decode
+from service.sizes import move_up, size_for
 from workers import environment as env
 from workers.job import MergeJob
 from workers.queue import ReliableQueue
@@ -42,6 +45,7 @@ class MergeWorker(SpawnWorker):
         options.setdefault("job_monitoring_interval", _MONITOR_SECONDS)
         options.setdefault("worker_ttl", _WORKER_SECONDS)
         options.setdefault("log_job_description", False)
+        options.setdefault("work_horse_killed_handler", self._killed)
         super().__init__(queues, connection=connection, **options)
 
     def get_heartbeat_ttl(self, job: Job, working_time: float = 0.0) -> int:
@@ -58,6 +62,10 @@ class MergeWorker(SpawnWorker):
     def prepare_job_execution(self, job: Job, remove_from_intermediate_queue: bool = False) -> None:
         """Always take the job off the intermediate list; RQ does so for workers of one queue only."""
         super().prepare_job_execution(job, remove_from_intermediate_queue=True)
+
+    def handle_job_failure(self, job: Job, queue: Queue, *arguments: Any, **more: Any) -> None:
+        """Queue a job again where its merge now belongs, which may be with larger workers."""
+        super().handle_job_failure(job, self._home(job, queue), *arguments, **more)
 
     def fork_work_horse(self, job: Job, queue: Queue) -> None:
         """Start the work-horse by name.
@@ -77,3 +85,36 @@ class MergeWorker(SpawnWorker):
         }
         command = [sys.executable, "-m", "workers.horse"]
         self._horse_pid = os.posix_spawn(sys.executable, command, environment, setpgroup=0)
+
+    def _killed(self, job: Job, _pid: int, status: int | None, _usage: object) -> None:
+        """Take a work-horse that was shot from outside for one that ran out of memory: so the kernel ends it.
+
+        Not called for what :meth:`kill_horse` ended. If no worker is larger, the merge starts again here.
+        """
+        merge = _merge_of(job)
+        if merge and status is not None and os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL:
+            memory = int(os.environ.get(env.MEMORY, "0"))
+            move_up(self.connection, *merge, "", memory=memory, reason="its process was killed")
+
+    def _home(self, job: Job, queue: Queue) -> Queue:
+        """The queue of a merge's priority and size; ``queue`` for a job that is no merge of ours."""
+        merge = _merge_of(job)
+        fields = self.connection.hgetall(merge_key(*merge)) if merge else {}
+        if not fields:
+            return queue
+        record = decode(fields)
+        return ReliableQueue(
+            queue_name(record.priority, size_for(record.memory_bytes)),
+            connection=self.connection,
+            job_class=MergeJob,
+            serializer=JSONSerializer,
+        )
+
+
+def _merge_of(job: Job) -> tuple[str, str] | None:
+    """Tenant and merge of a job; None for one that somebody else put there."""
+    try:
+        tenant, merge_id = job.args
+    except Exception:  # unreadable, or of another shape
+        return None
+    return str(tenant), str(merge_id)

@@ -177,9 +177,9 @@ def get_task_file(
 
 def _create(services: Services, tenant: str, asked: MergeRequest, *, fresh: bool, **more: Any) -> None:
     """Enter a merge: ended already, when its job was done before, or else queued."""
-    recipe, _ = _plan(services, tenant, asked.recipe())
-    digest = job_digest(recipe)
-    record = new_record(tenant, recipe, name=asked.name, priority=asked.priority, digest=digest, **more)
+    recipe, found = _plan(services, tenant, asked.recipe())
+    more.update(digest=job_digest(recipe), memory_bytes=int(found["estimate"]["memory_bytes"]))
+    record = new_record(tenant, recipe, name=asked.name, priority=asked.priority, **more)
     if fresh or reuse(services.jobs, services.storage, record) is None:
         services.jobs.submit(record)
 
@@ -202,6 +202,9 @@ async def _accepted(
 
 def _shown(services: Services, record: MergeRecord) -> Merge:
     position = outlook.ahead(services.redis, record)
+    obstacle = outlook.obstacle(services.redis, record)
+    if obstacle is not None:
+        return Merge.of(record.model_copy(update={"message": obstacle}), position)
     return Merge.of(record, position, outlook.eta(services.redis, record, position))
 
 

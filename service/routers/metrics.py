@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastapi import APIRouter, Request, Response
 
 from service import tally, telemetry
-from service.broker import PRIORITIES, QUEUES
+from service.broker import PRIORITIES, QUEUES, SIZES, queue_name
 from service.deps import AdminDep, Services, ServicesDep
 from service.exposition import MEDIA_TYPE, Exposition
 from service.telemetry import RequestCounts
@@ -27,8 +27,10 @@ def metrics(request: Request, services: ServicesDep, _tenant: AdminDep) -> Respo
 
 def _queues(page: Exposition, services: Services) -> None:
     page.family("merganser_queue_depth", "gauge", "Merges that wait for a worker.")
-    for priority, name in zip(PRIORITIES, QUEUES, strict=True):
-        page.sample("merganser_queue_depth", services.redis.llen(f"rq:queue:{name}"), priority=priority)
+    for priority in PRIORITIES:
+        for size in SIZES:
+            depth = services.redis.llen(f"rq:queue:{queue_name(priority, size)}")
+            page.sample("merganser_queue_depth", depth, priority=priority, memory=size)
     page.family("merganser_merges_running", "gauge", "Merges in the hands of workers.")
     page.sample("merganser_merges_running", sum(services.redis.zcard(f"rq:wip:{name}") for name in QUEUES))
     page.family("merganser_workers", "gauge", "Workers that are registered.")

@@ -10,6 +10,7 @@ from merging.recipe import Recipe
 from service.documents import MergeRecord, MergeState, Priority
 from service.schemas.models import StoredFile
 from service.schemas.problem import Problem
+from service.sizes import size_for
 
 
 class _Strict(BaseModel):
@@ -84,6 +85,7 @@ class Merge(MergeSummary):
 
     recipe: dict[str, Any] = Field(description="as it runs: every model with its revision")
     result: Outcome | None
+    memory_class: int = Field(description="GB of memory of the workers that may run it")
     queue_position: int | None = Field(description="while it is queued: how many start before it")
     eta_seconds: float | None = Field(description="a guess at the time to its end")
 
@@ -98,7 +100,8 @@ class Merge(MergeSummary):
                 **result.model_dump(mode="json", exclude={"attempt"}),
             }
         more = {"recipe": record.recipe, "result": outcome, "queue_position": position, "eta_seconds": eta}
-        return cls.model_validate({**_common(record), **more})
+        size = size_for(record.memory_bytes)
+        return cls.model_validate({**_common(record), **more, "memory_class": size})
 
 
 class MergePage(_Strict):

@@ -38,7 +38,7 @@ def test_metrics_tell_of_merges_and_requests(http: httpx.Client, merged: dict[st
     assert answer.headers["content-type"].startswith("text/plain; version=0.0.4")
     found = samples(answer.text)
     assert found["merganser_workers", ""] == 1
-    assert found["merganser_queue_depth", 'priority="normal"'] >= 0
+    assert found["merganser_queue_depth", 'priority="normal",memory="4"'] >= 0
     assert found["merganser_merges_total", 'method="linear",state="succeeded"'] >= 1
     count = found["merganser_merge_seconds_count", 'method="linear"']
     assert count >= 1
