@@ -19,6 +19,8 @@ import pytest
 from obstore.exceptions import BaseError
 from obstore.store import S3Store
 
+from service.storage import Storage
+from service.storage.stores import with_parameters
 from tests.running import until
 
 OWNER = ("merganser-owner", "owner-secret-owner-secret")
@@ -65,6 +67,17 @@ class Seaweed:
     def url(self) -> str:
         """A storage URL that nobody uses yet."""
         return f"s3://{BUCKET}/test/{uuid.uuid4().hex[:8]}"
+
+    def storage(
+        self, identity: tuple[str, str] = OWNER, *, bucket: str = BUCKET, patient: bool = False
+    ) -> Storage:
+        """A storage of its own in it, for this process."""
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in self.environment(identity).items():
+                patch.setenv(name, value)
+            url = self.url().replace(BUCKET, bucket, 1)
+            url = with_parameters(url, endpoint=self.endpoint, region=REGION)
+            return Storage.open(url, patient=patient)
 
     def start(self) -> None:
         """Start it, again after :meth:`kill`, and wait until it serves."""

@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 _BUCKET = re.compile(r"^[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]$")
 _PREFIX = re.compile(r"^[A-Za-z0-9_][A-Za-z0-9_./=+-]*$")
 _PARAMETERS = ("endpoint", "region", "path_style")
-_CONNECT_SECONDS = 2
-_READ_SECONDS = 10
-_RETRY_SECONDS = 4
+CONNECT_SECONDS = 2
+READ_SECONDS = 10
+RETRY_SECONDS = 4
 
 
 def with_parameters(url: str, **parameters: str | None) -> str:
@@ -88,13 +88,13 @@ def _s3(url: str) -> S3Store:
         # stands still is given up; reads and parts of uploads are then tried again from where they were.
         client_options={
             "allow_http": server.scheme == "http",
-            "connect_timeout": timedelta(seconds=_CONNECT_SECONDS),
-            "read_timeout": timedelta(seconds=_READ_SECONDS),
+            "connect_timeout": timedelta(seconds=CONNECT_SECONDS),
+            "read_timeout": timedelta(seconds=READ_SECONDS),
             "timeout": timedelta(days=1),
         },
         retry_config={
             "max_retries": 10,
-            "retry_timeout": timedelta(seconds=_RETRY_SECONDS),
+            "retry_timeout": timedelta(seconds=RETRY_SECONDS),
             "backoff": {
                 "init_backoff": timedelta(milliseconds=100),
                 "max_backoff": timedelta(seconds=1),

@@ -15,6 +15,7 @@ from adapters import write_adapter
 from service.client import Client
 from tests.redis_server import connection, jobs, redis_server, storage  # noqa: F401 (fixtures)
 from tests.running import Up, push
+from tests.seaweed import seaweed  # noqa: F401 (fixture)
 
 
 @pytest.fixture(scope="session")

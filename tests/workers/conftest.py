@@ -12,6 +12,7 @@ from adapters import write_adapter
 from service.client import Client
 from tests.redis_server import connection, jobs, redis_server, storage  # noqa: F401 (fixtures)
 from tests.running import Up, push
+from tests.seaweed import seaweed  # noqa: F401 (fixture)
 
 MODULES = {f"layers.{i}.q_proj": (640 + 8 * i, 640) for i in range(12)}
 """No two modules have the same shape, so the engine reports after each of them."""
