@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from urllib.parse import urlsplit
 
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -11,6 +12,10 @@ from service.settings import Settings, is_loopback
 
 BODY_LIMIT = 2 << 20
 """Most bytes of a JSON body; uploads of files have their own limit."""
+COMMIT_LIMIT = 1 << 30
+"""Most bytes of a commit of the Hub's protocol, which holds its files."""
+
+_COMMIT = re.compile(r"^/hf/api/models/[^/]+/[^/]+/commit/[^/]+$")
 
 
 def _header(scope: Scope, name: bytes) -> str:
@@ -60,11 +65,12 @@ class LengthGate:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["method"] != "PUT":
             length = _header(scope, b"content-length")
-            if length.isdecimal() and int(length) > self._limit:
+            limit = COMMIT_LIMIT if _COMMIT.match(scope["path"]) else self._limit
+            if length.isdecimal() and int(length) > limit:
                 response = problem(
                     413,
                     "too_large",
-                    f"the body has {length} bytes; the limit is {self._limit}",
+                    f"the body has {length} bytes; the limit is {limit}",
                     instance=scope["path"],
                 )
                 await response(scope, receive, send)

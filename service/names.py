@@ -19,7 +19,7 @@ _NAME = re.compile(NAME_PATTERN)
 _REVISION = re.compile(REVISION_PATTERN)
 _SEGMENT = re.compile(r"^[A-Za-z0-9_][A-Za-z0-9_.=+-]{0,127}$")
 _RESERVED = (RESULTS, "api", "datasets", "models", "spaces", "v1")
-_WEIGHTS = ".safetensors"
+WEIGHTS = ".safetensors"
 _TEXTS = (".json", ".md", ".txt", ".yaml", ".yml", ".jinja")
 TEXT_LIMIT = 64 << 20
 """Most bytes of a file that is not weights; the largest known ones are tokenizers."""
@@ -87,11 +87,11 @@ def check_path(path: str) -> str:
             remedy="Convert it to safetensors on your own machine",
             where=where,
         )
-    if not lower.endswith((_WEIGHTS, *_TEXTS)):
+    if not lower.endswith((WEIGHTS, *_TEXTS)):
         raise ServiceError(
             "file_type_not_accepted",
             f"{path} has a type that is not accepted",
-            remedy=f"Upload {', '.join((_WEIGHTS, *_TEXTS))} files only",
+            remedy=f"Upload {', '.join((WEIGHTS, *_TEXTS))} files only",
             where=where,
         )
     return path
@@ -99,4 +99,4 @@ def check_path(path: str) -> str:
 
 def size_limit(path: str, weights_limit: int) -> int:
     """Most bytes that a file of this name may have."""
-    return weights_limit if path.lower().endswith(_WEIGHTS) else min(TEXT_LIMIT, weights_limit)
+    return weights_limit if path.lower().endswith(WEIGHTS) else min(TEXT_LIMIT, weights_limit)

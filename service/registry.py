@@ -15,16 +15,19 @@ import redis
 
 from merging.errors import MergeError, MergeFailure
 from service.broker import models_key, revisions_key, staging_key, text
-from service.clock import millis, now
+from service.clock import at, millis, now
 from service.documents import FileEntry, Manifest, manifest_key, revision_of
 from service.errors import Conflict, NotFound, TooLarge
-from service.names import Reference
+from service.names import WEIGHTS, Reference
 from service.paging import page
 from service.scratch import scratch
 from service.storage import Blob, Storage, blob_key
 
 STAGING_SECONDS = 24 * 3600
 MAX_FILES = 1000
+NO_WEIGHTS = "none"
+"""The format of a revision that holds no weights: a repository that was just made, or a model card alone."""
+_LOCK_SECONDS = 30
 
 # Forget staged files, but only those that are still what was committed.
 _UNSTAGE = """
@@ -84,19 +87,57 @@ class Registry:
         )
         _refuse_nesting(files)
         revision = revision_of(files)
-        manifest = self._load(tenant, model, revision) or self._create(tenant, model, revision, files)
+        manifest = self._load(tenant, model, revision)
+        if manifest is None or manifest.format == NO_WEIGHTS:
+            manifest = self._create(tenant, model, revision, files)
         self.index(tenant, manifest, moment=now())
         arguments = [item for pair in staged.items() for item in pair]
         self._redis.eval(_UNSTAGE, 1, staging_key(tenant, model), *arguments)
         return manifest
 
-    def _create(self, tenant: str, model: str, revision: str, files: tuple[FileEntry, ...]) -> Manifest:
-        with scratch(self._scratch_dir) as folder:
-            self._place(tenant, files, folder)
-            facts = _inspect(folder, model)
-        manifest = Manifest(model=model, revision=revision, created_at=now(), files=files, **facts)
-        self._storage.put_json(manifest_key(tenant, model, revision), manifest.model_dump(mode="json"))
+    def revise(
+        self, tenant: str, model: str, parent: str | None, files: tuple[FileEntry, ...]
+    ) -> Manifest | None:
+        """Make ``files`` the newest revision if ``parent`` (None: no revision) still is; else None.
+
+        A revision without weights is allowed here; its format is :data:`NO_WEIGHTS`. Raises every error of
+        opening an adapter.
+        """
+        _refuse_nesting(files)
+        if len(files) > MAX_FILES:
+            raise TooLarge("too_many_files", f"{model} would have more than {MAX_FILES} files")
+        revision = revision_of(files)
+        manifest = self._load(tenant, model, revision) or self._describe(tenant, model, revision, files)
+        with self._redis.lock(f"{revisions_key(tenant, model)}:lock", timeout=_LOCK_SECONDS):
+            newest = self._redis.zrevrange(revisions_key(tenant, model), 0, 0, withscores=True)
+            if (text(newest[0][0]) if newest else None) != parent:
+                return None
+            # What came later sorts later, whatever the clocks say.
+            moment = max(millis(now()), int(newest[0][1]) + 1 if newest else 0)
+            manifest = manifest.model_copy(update={"created_at": at(moment)})
+            self._save(tenant, manifest)
+            self.index(tenant, manifest)
         return manifest
+
+    def _create(self, tenant: str, model: str, revision: str, files: tuple[FileEntry, ...]) -> Manifest:
+        manifest = self._describe(tenant, model, revision, files, weights=True)
+        self._save(tenant, manifest)
+        return manifest
+
+    def _describe(
+        self, tenant: str, model: str, revision: str, files: tuple[FileEntry, ...], *, weights: bool = False
+    ) -> Manifest:
+        facts: dict[str, Any] = {"format": NO_WEIGHTS, "modules": 0, "rank": 0}
+        if weights or any(entry.path.lower().endswith(WEIGHTS) for entry in files):
+            with scratch(self._scratch_dir) as root:
+                folder = root / model  # an error names it
+                self._place(tenant, files, folder)
+                facts = _inspect(folder, model)
+        return Manifest(model=model, revision=revision, created_at=now(), files=files, **facts)
+
+    def _save(self, tenant: str, manifest: Manifest) -> None:
+        key = manifest_key(tenant, manifest.model, manifest.revision)
+        self._storage.put_json(key, manifest.model_dump(mode="json"))
 
     def index(self, tenant: str, manifest: Manifest, *, moment: str | None = None) -> None:
         """Enter a revision into the order of revisions and its model into that of models."""

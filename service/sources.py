@@ -11,7 +11,7 @@ from service.documents import MergeRecord, result_key
 from service.errors import NotFound
 from service.jobs import Jobs
 from service.names import RESULTS, Reference, parse_reference
-from service.registry import Registry
+from service.registry import NO_WEIGHTS, Registry
 from service.storage import Storage
 
 
@@ -57,6 +57,13 @@ class Sources:
             manifest = self._registry.manifest(tenant, reference)
         except NotFound as error:
             raise InputError(error.code, f"{field}: {error.message}", where=where) from error
+        if manifest.format == NO_WEIGHTS:
+            raise InputError(
+                "model_has_no_weights",
+                f"{field}: {manifest.model} holds no weights in the revision {manifest.revision}",
+                remedy="Upload the adapter, or name a revision that has it",
+                where=where,
+            )
         return f"{manifest.model}@{manifest.revision}"
 
     def place(self, tenant: str, recipe: Recipe, folder: Path) -> Callable[[str], Path]:

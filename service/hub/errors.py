@@ -8,8 +8,10 @@ from typing import Any
 from fastapi import Request, Response
 from fastapi.routing import APIRoute
 
-from service.errors import Forbidden, NotFound, Unauthorized
+from merging.errors import MergeError
+from service.errors import NotFound, ServiceError, Unauthorized
 from service.handlers import problem
+from service.problems import errors_of, status_of
 
 _BAD_TOKEN = "Invalid credentials in Authorization header"
 """Clients take any other 401 for a repository that does not exist."""
@@ -29,6 +31,12 @@ class Missing(NotFound):
             self.hub_headers["X-Repo-Commit"] = commit
 
 
+class Outdated(ServiceError):
+    """The commit was made for a revision that is no longer the newest."""
+
+    status = 412
+
+
 class HubRoute(APIRoute):
     """A route whose refusals carry the headers of the Hub."""
 
@@ -39,26 +47,33 @@ class HubRoute(APIRoute):
         async def translated(request: Request) -> Response:
             try:
                 return await handle(request)
-            except (Missing, Unauthorized, Forbidden) as error:
-                if isinstance(error, Missing):
-                    headers = error.hub_headers
-                elif isinstance(error, Unauthorized):
-                    headers = {"X-Error-Message": _BAD_TOKEN, "WWW-Authenticate": 'Bearer realm="merganser"'}
-                else:
-                    headers = {"X-Error-Message": _one_line(error.message)}
+            except MergeError as error:
+                if status_of(error) >= 500:
+                    raise
                 return problem(
-                    error.status,
+                    status_of(error),
                     error.code,
                     error.message,
                     instance=request.url.path,
                     remedy=error.remedy,
-                    headers=headers,
+                    errors=errors_of(error),
+                    headers=_headers(error),
                 )
 
         return translated
 
 
+def _headers(error: MergeError) -> dict[str, str]:
+    if isinstance(error, Missing):
+        return error.hub_headers
+    headers = dict(error.headers) if isinstance(error, ServiceError) else {}
+    if isinstance(error, Unauthorized):
+        return {**headers, "X-Error-Message": _BAD_TOKEN}
+    told = f"{error.message}. {error.remedy}" if error.remedy else error.message
+    return {**headers, "X-Error-Message": _one_line(f"{error.code}: {told}")}
+
+
 def _one_line(message: str) -> str:
     """A message that fits into a header."""
     printable = "".join(char if " " <= char <= "~" else "?" for char in message)
-    return printable[:300]
+    return printable[:500]

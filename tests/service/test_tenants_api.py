@@ -18,7 +18,7 @@ from service.settings import Settings
 from service.storage import Storage
 from tests.running import Up, push
 
-OPEN = {"/healthz", "/readyz", "/openapi.json"}
+OPEN = {"/healthz", "/readyz", "/openapi.json", "/hf/api/validate-yaml"}
 
 
 class Guarded:

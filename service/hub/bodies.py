@@ -1,0 +1,92 @@
+"""Bodies of the Hub's requests: files on their way into the storage, and small JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+from fastapi import Request
+from starlette.requests import ClientDisconnect
+
+from merging.formats.sniff import refuse_foreign
+from service.deps import Services
+from service.errors import BadRequest, ServiceError, TooLarge
+from service.storage import Blob, DigestMismatch, StreamTooLong
+
+HEAD = 512
+"""So many bytes tell a pickle or an archive from weights."""
+_DRAIN = 64 << 20
+
+
+async def keep(
+    services: Services,
+    tenant: str,
+    chunks: AsyncIterator[bytes],
+    *,
+    limit: int,
+    announced: int = 0,
+    expect: str | None = None,
+    name: str = "a file of the commit",
+) -> Blob:
+    """Store a file within the tenant's quota.
+
+    Raises ``file_too_large``, ``content_digest_mismatch``, ``quota_exceeded``, and the refusals of foreign
+    formats.
+    """
+    try:
+        async with services.quota.grant(tenant, announced) as grant:
+            metered = grant.metered(_sniffed(chunks, name))
+            blob = await services.storage.put_stream(tenant, metered, limit=limit, expect=expect)
+            grant.kept = blob.size if blob.new else 0
+            return blob
+    except StreamTooLong as error:
+        raise TooLarge("file_too_large", f"{name} has more than {limit} bytes") from error
+    except DigestMismatch as error:
+        raise ServiceError(
+            "content_digest_mismatch",
+            f"{name} arrived with the sha256 {error.actual}, not {error.expected}",
+            remedy="Send it again",
+        ) from error
+    except ClientDisconnect as error:
+        raise BadRequest("upload_interrupted", f"the upload of {name} broke off") from error
+
+
+async def _sniffed(chunks: AsyncIterator[bytes], name: str) -> AsyncIterator[bytes]:
+    head = b""
+    checked = False
+    async for chunk in chunks:
+        if checked:
+            yield chunk
+            continue
+        head += chunk
+        if len(head) >= HEAD:
+            refuse_foreign(head[:HEAD], name)
+            checked = True
+            yield head
+    if not checked:
+        refuse_foreign(head, name)
+        yield head
+
+
+async def drain(request: Request) -> None:
+    """Read on a little, because clients look for the answer only after they have sent everything."""
+    left = _DRAIN
+    try:
+        async for chunk in request.stream():
+            left -= len(chunk)
+            if left < 0:
+                return
+    except (ClientDisconnect, RuntimeError):  # gone, or read to its end before
+        return
+
+
+async def json_object(request: Request) -> dict[str, Any]:
+    """A body that is a JSON object, whatever media type it claims. Raises ``body_not_json``."""
+    try:
+        data = json.loads(await request.body())
+    except (ValueError, RecursionError):
+        data = None
+    if not isinstance(data, dict):
+        raise BadRequest("body_not_json", "the body is not a JSON object")
+    return data
