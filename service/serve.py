@@ -15,6 +15,7 @@ import uvicorn
 from merging.errors import InputError
 from service.app import create_app
 from service.settings import Settings
+from service.storage import Storage
 
 _GRACE_SECONDS = 3
 
@@ -87,6 +88,7 @@ def run_serve(settings: Settings) -> None:
 
     configure()
     connect(settings).close()  # names a missing setting before anything is opened
+    Storage.open(settings.storage_location).require()
     listener = listen(settings)
     server = make_server(settings)
 

@@ -12,6 +12,7 @@ from pydantic import ByteSize, Field, ValidationError, field_validator, model_va
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from merging.errors import InputError
+from service.addresses import with_parameters
 
 GIB = 1 << 30
 LOCAL_TENANT = "local"
@@ -32,7 +33,12 @@ class Settings(BaseSettings):
     redis_url: str | None = None
     """``redis://``, ``rediss://`` or ``unix://``; none: ``merganser up`` starts its own server."""
     storage_url: str | None = None
-    """``file:///folder``; none: the folder ``storage`` in ``data_dir``."""
+    """``file:///folder`` or ``s3://bucket[/prefix]``; none: the folder ``storage`` in ``data_dir``."""
+    s3_endpoint: str | None = None
+    """``https://host[:port]`` of a server other than Amazon's. Credentials come from the AWS variables."""
+    s3_region: str | None = None
+    s3_path_style: bool = True
+    """The bucket is in the path of an address, not in its host name."""
     data_dir: Path = Field(default_factory=default_data_dir)
     host: str = "127.0.0.1"
     port: int = Field(default=8642, ge=0, le=65535)
@@ -94,8 +100,13 @@ class Settings(BaseSettings):
 
     @property
     def storage_location(self) -> str:
-        """The storage URL, with the default filled in."""
-        return self.storage_url or (self.data_dir / "storage").as_uri()
+        """The storage URL, with the default and the parameters of a bucket filled in."""
+        return with_parameters(
+            self.storage_url or (self.data_dir / "storage").as_uri(),
+            endpoint=self.s3_endpoint,
+            region=self.s3_region,
+            path_style=None if self.s3_path_style else "false",
+        )
 
     @property
     def scratch_dir(self) -> Path:

@@ -11,7 +11,7 @@ import sysconfig
 import tempfile
 import uuid
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import obstore
@@ -19,8 +19,8 @@ import pytest
 from obstore.exceptions import BaseError
 from obstore.store import S3Store
 
+from service.addresses import with_parameters
 from service.storage import Storage
-from service.storage.stores import with_parameters
 from tests.running import until
 
 OWNER = ("merganser-owner", "owner-secret-owner-secret")
@@ -137,6 +137,15 @@ class Seaweed:
         """End it for good."""
         self.kill()
         self._sockets.cleanup()
+
+
+@contextmanager
+def in_bucket(server: Seaweed, url: str) -> Iterator[None]:
+    """The processes started meanwhile keep their objects there."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {**server.environment(), "MERGANSER_STORAGE_URL": url}.items():
+            patch.setenv(name, value)
+        yield
 
 
 def _identities() -> dict[str, object]:

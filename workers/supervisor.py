@@ -56,6 +56,7 @@ class Supervisor:
         self._seats = [_Seat(device, memory.of(device, found, settings)) for device in found]
         self._redis = connect(settings)
         storage = Storage.open(settings.storage_location)
+        storage.require()
         self._reaper = Reaper(self._redis, Jobs(self._redis, storage))
 
     @property

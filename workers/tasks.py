@@ -20,7 +20,8 @@ from merging.errors import Cancelled, MergeError, MergeFailure
 from merging.recipe import Recipe
 from service.broker import TRANSIENT, connect
 from service.documents import FileEntry, MergeResult, attempts_prefix, result_key
-from service.jobs import Jobs
+from service.errors import Unavailable
+from service.jobs import MAX_RETRIES, Jobs
 from service.logs import event, request_id
 from service.problems import describe
 from service.registry import Registry, hide_folder
@@ -40,7 +41,7 @@ def run_merge(tenant: str, merge_id: str) -> None:
     """Run one attempt of a merge to its end. The attempt is RQ's execution."""
     settings = load_settings()
     connection = connect(settings, patient=True)
-    storage = Storage.open(settings.storage_location)
+    storage = Storage.open(settings.storage_location, patient=True)
     jobs = Jobs(connection, storage)
     sources = Sources(Registry(storage, connection, settings.scratch_dir), jobs, storage)
     task = Task(tenant, merge_id, os.environ["RQ_EXECUTION_ID"], jobs, storage)
@@ -73,6 +74,10 @@ class Task:
             self._stopped(self._say("stopping", 0.0, ""))
         except MovedUp:
             raise  # to RQ, which queues the job again, for a larger worker
+        except Unavailable as error:
+            if self._jobs.get(self._tenant, self._id).attempts <= MAX_RETRIES:
+                raise  # tried again
+            self._fail(error)
         except MergeError as error:
             self._fail(hide_folder(hide_folder(error, folder / "inputs"), folder))
         except JobTimeoutException:

@@ -28,8 +28,5 @@ def readyz(services: ServicesDep) -> dict[str, Any]:
         alive = sum(bool(services.redis.exists(name)) for name in names)
     except TRANSIENT as error:
         raise Unavailable("redis_unavailable", "the job store cannot be reached") from error
-    try:
-        services.storage.size("ready")
-    except Exception as error:
-        raise Unavailable("storage_unavailable", "the object storage cannot be reached") from error
+    services.storage.check()
     return {"status": "ready", "workers": alive}

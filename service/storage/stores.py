@@ -11,7 +11,7 @@ import re
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import parse_qsl, unquote, urlencode, urlsplit
+from urllib.parse import parse_qsl, unquote, urlsplit
 
 from obstore.store import LocalStore, ObjectStore, S3Store
 
@@ -26,16 +26,6 @@ _PARAMETERS = ("endpoint", "region", "path_style")
 CONNECT_SECONDS = 2
 READ_SECONDS = 10
 RETRY_SECONDS = 4
-
-
-def with_parameters(url: str, **parameters: str | None) -> str:
-    """An S3 URL with parameters that it does not have yet; other URLs stay as they are."""
-    parts = urlsplit(url)
-    if parts.scheme != "s3":
-        return url
-    given = dict(parse_qsl(parts.query, keep_blank_values=True))
-    more = {name: value for name, value in parameters.items() if value is not None}
-    return parts._replace(query=urlencode({**more, **given})).geturl()
 
 
 def open_store(url: str) -> tuple[ObjectStore, Path | None]:

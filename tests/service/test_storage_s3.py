@@ -14,9 +14,9 @@ import httpx
 import pytest
 
 from merging.errors import InputError
+from service.addresses import with_parameters
 from service.errors import Unavailable
 from service.storage import Storage, StorageRefused, StorageUnavailable, stores
-from service.storage.stores import with_parameters
 from tests.seaweed import BUCKET, OWNER, READER, REGION, Seaweed
 
 STEPS: dict[str, Callable[[Storage], object]] = {
