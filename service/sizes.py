@@ -62,4 +62,4 @@ def move_up(
     script = connection.register_script(transitions.MOVE)
     arguments: list[str | int] = [attempt, usable(size * GB), message, data]
     answer = script(keys=transition_keys(tenant, merge_id), args=arguments)
-    return size if text(answer) == "queued" else None
+    return size if text(answer) == "moved" else None

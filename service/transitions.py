@@ -110,6 +110,6 @@ if state ~= 'running' then return state end
 become('queued')
 redis.call('HSET', KEYS[1], 'memory_bytes', ARGV[2], 'phase', 'queued', 'progress', '0', 'message', ARGV[3])
 event('state', ARGV[4])
-return 'queued'
+return 'moved'
 """
 )
