@@ -74,7 +74,7 @@ class Shape:
 
 
 SHAPES = {
-    "tiny": Shape(16, 24, 2, 1, 4, 32),
+    "tiny": Shape(16, 8, 2, 1, 3, 12),
     "quick": Shape(768, 2048, 12, 4, 6, 8000),
     "half": Shape(1024, 4096, 16, 4, 8, 8000),
     "real": Shape(1536, 6144, 16, 4, 14, 16000),
@@ -88,7 +88,9 @@ def values(shape: Shape, seed: int) -> Iterator[tuple[str, list[Tensor]]]:
         norm = len(size) == 1
         base = random.standard_normal(size, dtype=np.float32) * WEIGHT + float(norm)
         shared = random.standard_normal(size, dtype=np.float32) * SHARED
-        tuned = [base + shared + random.standard_normal(size, dtype=np.float32) * OWN for _ in range(FINE_TUNES)]
+        tuned = [
+            base + shared + random.standard_normal(size, dtype=np.float32) * OWN for _ in range(FINE_TUNES)
+        ]
         yield name, [torch.from_numpy(array) for array in (base, *tuned)]
 
 

@@ -1,0 +1,110 @@
+"""mergekit's SCE: keep where the task vectors differ most, weigh by energy, erase minority signs.
+
+Its absolute numbers are kept: energies that sum to less than 1e-6 count as equal, divisors are at least 1e-6.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from merging.mergekit.cuts import Cut, keep_largest
+from merging.mergekit.entries import Entries, from_bits, magnitude_bits
+
+FLOOR = 1e-6
+
+
+def merge(entries: Entries, base: int, deltas: Sequence[int], topk: float, merged: Tensor) -> None:
+    """``merged`` gets the base plus the mean of what is left of the task vectors."""
+    if not deltas:
+        for start, stop in entries.spans():
+            merged[start:stop] = entries.rows(base, start, stop)
+        return
+    selected = _Selected(entries, base, deltas, topk) if topk < 1.0 else None
+
+    def kept() -> Iterator[tuple[int, int, Tensor]]:
+        for start, stop in entries.spans():
+            x = _stacked(entries, base, deltas, start, stop)
+            if selected is not None:
+                x.mul_(selected.mask(start, stop))
+            yield start, stop, x
+
+    shares = _shares(entries, kept()).unsqueeze(1)
+    for start, stop, x in kept():
+        positive = x.sum(0).ge_(0.0).bool()
+        weights = torch.where(positive, x > 0, x < 0) * shares
+        found = x.mul_(weights).sum(0)
+        found.div_(weights.sum(0).clamp_(min=FLOOR))
+        merged[start:stop] = found.add_(entries.rows(base, start, stop))
+
+
+def _stacked(entries: Entries, base: int, deltas: Sequence[int], start: int, stop: int) -> Tensor:
+    rows = entries.rows(base, start, stop)
+    x = torch.empty((len(deltas), stop - start), dtype=entries.dtype)
+    for row, index in zip(x, deltas, strict=True):
+        torch.sub(entries.rows(index, start, stop), rows, out=row)
+    return x
+
+
+def _shares(entries: Entries, kept: Iterator[tuple[int, int, Tensor]]) -> Tensor:
+    """The mean squares of the task vectors over their sum; each square is rounded, as everything."""
+    total: Tensor | float = 0.0
+    for _, _, x in kept:
+        total = total + x.square_().sum(1, dtype=torch.float64)
+    assert isinstance(total, Tensor)
+    energy = (total / entries.size).to(entries.dtype)
+    whole = float(energy.sum())
+    if abs(whole) < FLOOR:
+        return torch.ones_like(energy) / energy.numel()
+    return energy / whole
+
+
+@dataclass(frozen=True)
+class _Variances:
+    """The variances over the tasks, rounded to the dtype of the work."""
+
+    values: Tensor
+
+    @property
+    def entries(self) -> int:
+        return self.values.numel()
+
+    def blocks(self) -> Iterator[tuple[int, np.ndarray]]:
+        step = 1 << 17
+        for start in range(0, self.entries, step):
+            yield start, magnitude_bits(self.values[start : start + step])
+
+    def sample(self, step: int) -> np.ndarray:
+        return magnitude_bits(self.values[::step].clone())
+
+
+class _Selected:
+    """Where the variance is among the fraction ``topk`` of those above zero; of equal ones the first."""
+
+    def __init__(self, entries: Entries, base: int, deltas: Sequence[int], topk: float) -> None:
+        self._values = torch.empty(entries.size, dtype=entries.dtype)
+        work = torch.float32 if entries.dtype.itemsize == 2 else torch.float64
+        nonzero = 0
+        for start, stop in entries.spans():
+            x = _stacked(entries, base, deltas, start, stop).to(work)
+            x.sub_(x.mean(0, keepdim=True))
+            block = x.square_().mean(0).to(entries.dtype)
+            nonzero += int(torch.count_nonzero(block))
+            self._values[start:stop] = block
+        count = int(nonzero * topk) if topk > 0.0 else 0
+        self._cut: Cut | None = keep_largest(_Variances(self._values), count) if count else None
+        self._limit = from_bits(self._cut.value, entries.dtype) if self._cut else torch.inf
+
+    def mask(self, start: int, stop: int) -> Tensor:
+        """True where the entry stays."""
+        values = self._values[start:stop]
+        if self._cut is None:
+            return torch.zeros_like(values, dtype=torch.bool)
+        middle = min(max(self._cut.position - start, 0), stop - start)
+        mask = values.gt(self._limit)
+        mask[:middle] = values[:middle].ge(self._limit)
+        return mask

@@ -1,0 +1,178 @@
+"""mergekit's sparsifiers on blocks of a task vector: each looks at the whole, then zeroes block by block.
+
+Rescaling matches the L1 norm, both sums rounded to the dtype that mergekit sums in. Random masks come from
+streams keyed by seed, input and tensor; mergekit's own depend on the order of its tasks and cannot be had.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from merging.mergekit.cuts import Cut, keep_band, keep_largest
+from merging.mergekit.entries import DeltaMagnitudes, Entries, from_bits
+from merging.rules import task_bits
+
+FLOOR = 1e-7
+"""Norms below it are left alone."""
+
+
+class Sparsifier(ABC):
+    """Sparsifies the task vector of one input in place; blocks come once each, in order."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self.factor: Tensor | None = None
+
+    @abstractmethod
+    def cut(self, x: Tensor, start: int) -> Tensor:
+        """Zero what is dropped of the block that begins at ``start``; 0 begins a new run over all."""
+
+    def apply(self, x: Tensor, start: int) -> Tensor:
+        """The block as mergekit leaves it."""
+        y = self.cut(x, start)
+        if self.factor is None:
+            return y
+        if y.dtype == self.dtype:
+            return y.mul_(self.factor)
+        return y.to(self.dtype).mul_(self.factor).to(y.dtype)
+
+    def match_l1(self, entries: Entries, index: int, base: int) -> Sparsifier:
+        """Set the factor that gives the task vector its L1 norm back."""
+        before = after = 0.0
+        for start, stop in entries.spans():
+            x = entries.delta(index, base, start, stop)
+            before += _l1(x)
+            after += _l1(self.cut(x, start))
+        sums = torch.tensor([before, after], dtype=torch.float64).to(self.dtype)
+        if float(sums[0]) >= FLOOR and float(sums[1]) >= FLOOR:
+            self.factor = sums[0] / sums[1]
+        return self
+
+
+class Nothing(Sparsifier):
+    """Density 0: everything goes."""
+
+    def cut(self, x: Tensor, start: int) -> Tensor:
+        return x.zero_()
+
+
+class Largest(Sparsifier):
+    """Exactly ``count`` largest magnitudes; of equal ones the first."""
+
+    def __init__(self, entries: Entries, index: int, base: int, count: int) -> None:
+        super().__init__(entries.dtype)
+        self._cut = keep_largest(DeltaMagnitudes(entries, index, base), count)
+        self._value = from_bits(self._cut.value, entries.dtype)
+
+    def cut(self, x: Tensor, start: int) -> Tensor:
+        for part, within in _sides(x, start, self._cut):
+            size = part.abs()
+            part.mul_(size.ge_(self._value) if within else size.gt_(self._value))
+        return x
+
+
+class Band(Sparsifier):
+    """Places ``start`` to ``stop - 1`` of an ascending stable sort by magnitude."""
+
+    def __init__(self, entries: Entries, index: int, base: int, start: int, stop: int) -> None:
+        super().__init__(entries.dtype)
+        self._low, self._high = keep_band(DeltaMagnitudes(entries, index, base), start, stop)
+        self._least = from_bits(self._low.value, entries.dtype)
+        self._most = from_bits(self._high.value, entries.dtype)
+
+    def cut(self, x: Tensor, start: int) -> Tensor:
+        size = x.abs()
+        for part, within in _sides(size, start, self._low):
+            keep = part.gt(self._least) if within else part.ge(self._least)
+            part.masked_fill_(keep.logical_not_(), torch.inf)
+        for part, within in _sides(size, start, self._high):
+            part.copy_(part.le(self._most) if within else part.lt(self._most))
+        return x.mul_(size)
+
+
+class Random(Sparsifier):
+    """Each entry stays with probability ``density``."""
+
+    def __init__(self, entries: Entries, density: float, key: tuple[int, str, str]) -> None:
+        super().__init__(_work(entries.dtype))
+        self._limit = limits(torch.tensor(density).to(self.dtype))
+        self._key = key
+        self._bits = task_bits(*key)
+
+    def cut(self, x: Tensor, start: int) -> Tensor:
+        if start == 0:
+            self._bits = task_bits(*self._key)
+        size = x.numel()
+        drawn = self._bits.random_raw((size + 1) // 2).view(np.uint32)[:size]
+        return x.mul_(torch.from_numpy(drawn < self._limit))
+
+
+class RankedRandom(Sparsifier):
+    """Stays with a probability that grows with the rank in its row, from density - epsilon to + epsilon.
+
+    The probabilities are rounded as mergekit rounds them. The mask is kept, one bit per entry, so that rows
+    are sorted once.
+    """
+
+    def __init__(self, entries: Entries, density: float, epsilon: float, key: tuple[int, str, str]) -> None:
+        super().__init__(_work(entries.dtype))
+        self._width = entries.width
+        self._limits = limits(self._chances(density, epsilon))
+        self._bits = task_bits(*key)
+        self._kept: dict[int, np.ndarray] = {}
+
+    def _chances(self, density: float, epsilon: float) -> Tensor:
+        """Probability by rank, smallest magnitude first."""
+        ranks = torch.arange(self._width).to(self.dtype) + 1
+        place = ((ranks - ranks[0]) / (ranks[-1] - ranks[0])).clamp_(0, 1).nan_to_num_(0.5)
+        return (density - epsilon) + place * 2 * epsilon
+
+    def cut(self, x: Tensor, start: int) -> Tensor:
+        if start not in self._kept:
+            self._kept[start] = np.packbits(self._draw(x))
+        keep = np.unpackbits(self._kept[start], count=x.numel())
+        return x.mul_(torch.from_numpy(keep))
+
+    def _draw(self, x: Tensor) -> np.ndarray:
+        rows = x.view(-1, self._width)
+        drawn = self._bits.random_raw((x.numel() + 1) // 2).view(np.uint32)[: x.numel()]
+        limit = np.empty(rows.shape, np.uint32)
+        np.put_along_axis(limit, row_order(rows), self._limits[None], axis=1)
+        return drawn < limit.reshape(-1)
+
+
+def row_order(rows: Tensor) -> np.ndarray:
+    """Columns of each row by ascending magnitude, equal ones by column."""
+    width = rows.shape[1]
+    if rows.element_size() == 2 and width <= 1 << 16:
+        keys = rows.view(torch.int16).numpy().astype(np.uint32)
+        keys &= 0x7FFF
+        keys <<= 16
+        keys |= np.arange(width, dtype=np.uint32)
+        keys.sort(axis=1)
+        return (keys & 0xFFFF).astype(np.int64)
+    return rows.abs().sort(dim=1, stable=True).indices.numpy()
+
+
+def limits(chances: Tensor) -> np.ndarray:
+    """Whole numbers below which a drawn 32-bit number keeps its entry."""
+    return np.minimum(np.ceil(chances.double().numpy() * 2.0**32), 2.0**32 - 1).astype(np.uint32)
+
+
+def _work(dtype: torch.dtype) -> torch.dtype:
+    """mergekit draws and rescales in bf16 if that is the dtype, else in float32."""
+    return dtype if dtype == torch.bfloat16 else torch.float32
+
+
+def _l1(x: Tensor) -> float:
+    return float(x.abs().sum(dtype=torch.float32 if x.element_size() == 2 else torch.float64))
+
+
+def _sides(x: Tensor, start: int, cut: Cut) -> list[tuple[Tensor, bool]]:
+    """The parts of a block before and after a cut's position; the flag says before."""
+    middle = min(max(cut.position - start, 0), x.numel())
+    return [(part, before) for part, before in ((x[:middle], True), (x[middle:], False)) if part.numel()]
