@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,26 +13,13 @@ from merging.diagnostics.telling import Measured, module_data
 from merging.diagnostics.whole import whole_model
 from merging.execute import Runner
 from merging.formats.writer import TensorSpec, write_safetensors
+from merging.naming import task_names
 from merging.planning import Prepared
 from merging.report import Findings, build_report
 from merging.result import header_metadata, json_text, write_result, write_text
 from merging.spool import Spool
 
 ARTEFACT_NAME = "basis.safetensors"
-
-
-def task_names(labels: Sequence[str]) -> tuple[str, ...]:
-    """A short folder name for each model: the last part of its reference, made unique."""
-    names: list[str] = []
-    for label in labels:
-        last = label.rstrip("/").rpartition("/")[2].partition("@")[0]
-        base = re.sub(r"[^A-Za-z0-9_-]+", "-", last).strip("-")[:64] or "task"
-        name, count = base, 1
-        while name in names:
-            count += 1
-            name = f"{base}-{count}"
-        names.append(name)
-    return tuple(names)
 
 
 def write_parts(

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from merging import catalog
+from merging.calibration.inputs import Inputs, check_inputs, find_inputs, refuse_data
 from merging.catalog import Resolved
 from merging.errors import InputError
 from merging.formats.adapter import Adapter, Module, open_adapter
@@ -51,6 +52,7 @@ class Prepared:
     table: Compatibility
     batches: tuple[Batch, ...]
     dtype: str
+    inputs: Inputs | None = None
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -84,11 +86,21 @@ def prepare(recipe: Recipe, *, resolve: Resolve | None = None, canonical: bool =
     resolved = catalog.resolve(recipe)
     recipe = _spelled_out(recipe, resolved)
     adapters: list[Adapter] = []
+    inputs: Inputs | None = None
+    find = resolve or local_path
+    refuse_data(recipe, resolved.method)
     try:
-        for entry in recipe.models:
-            adapters.append(open_adapter((resolve or local_path)(entry.model), label=entry.model))
+        if resolved.method.contract.data:
+            inputs = find_inputs(recipe, resolved.method, find)
+        if resolved.method.contract.initial:
+            adapters = _blank(recipe, resolved, inputs)
+        for entry in recipe.models[len(adapters) :]:
+            adapters.append(open_adapter(find(entry.model), label=entry.model))
+        if inputs is not None:
+            inputs = inputs.with_heads(recipe, adapters, find)
         if canonical and not resolved.method.contract.ordered:
-            recipe, resolved, adapters = _sorted(recipe, resolved, adapters)
+            recipe, resolved, adapters, order = _sorted(recipe, resolved, adapters, inputs)
+            inputs = None if inputs is None else inputs.permuted(order)
         table = check_compatible(
             adapters,
             missing_modules=recipe.missing_modules,
@@ -98,8 +110,12 @@ def prepare(recipe: Recipe, *, resolve: Resolve | None = None, canonical: bool =
         _check_family(resolved, recipe, table)
         batches = _batches(table, adapters)
         _check_method(resolved, recipe, batches)
-        yield Prepared(recipe, resolved, tuple(adapters), table, batches, _dtype(recipe, adapters))
+        if inputs is not None:
+            check_inputs(inputs, adapters, table.modules)
+        yield Prepared(recipe, resolved, tuple(adapters), table, batches, _dtype(recipe, adapters), inputs)
     finally:
+        if inputs is not None:
+            inputs.close()
         for adapter in adapters:
             adapter.close()
 
@@ -115,12 +131,26 @@ def _spelled_out(recipe: Recipe, resolved: Resolved) -> Recipe:
     )
 
 
+def _blank(recipe: Recipe, resolved: Resolved, inputs: Inputs | None) -> list[Adapter]:
+    from merging.calibration.blank import blank_adapters
+    from merging.catalog.data import OsrmInitParams
+
+    assert inputs is not None
+    assert isinstance(resolved.params, OsrmInitParams)
+    labels = tuple(entry.model for entry in recipe.models)
+    return blank_adapters(labels, resolved.params, inputs, recipe.base_model)
+
+
 def _sorted(
-    recipe: Recipe, resolved: Resolved, adapters: list[Adapter]
-) -> tuple[Recipe, Resolved, list[Adapter]]:
-    def key(index: int) -> tuple[str, str]:
-        parameters = json.dumps(recipe.models[index].parameters, sort_keys=True)
-        return adapters[index].digest, parameters
+    recipe: Recipe, resolved: Resolved, adapters: list[Adapter], inputs: Inputs | None
+) -> tuple[Recipe, Resolved, list[Adapter], list[int]]:
+    digests = inputs.digests if inputs is not None else {}
+
+    def key(index: int) -> tuple[str, ...]:
+        entry = recipe.models[index]
+        parameters = json.dumps(entry.parameters, sort_keys=True)
+        named = (entry.data or "", entry.statistics or "", entry.head or "")
+        return adapters[index].digest, parameters, *(digests.get(name, name) for name in named)
 
     order = sorted(range(len(adapters)), key=key)
     models = tuple(recipe.models[i] for i in order)
@@ -128,6 +158,7 @@ def _sorted(
         recipe.model_copy(update={"models": models}),
         replace(resolved, per_model=tuple(resolved.per_model[i] for i in order)),
         [adapters[i] for i in order],
+        order,
     )
 
 

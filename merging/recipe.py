@@ -16,12 +16,14 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from merging.calibration.settings import CalibrationSettings
 from merging.errors import InputError
 
 MAX_RECIPE_BYTES = 1 << 20
 MAX_MODELS = 1000
 
 Space = Literal["full", "knots", "core"]
+DATA_KEYS = ("data", "statistics", "head")
 
 
 class _Strict(BaseModel):
@@ -29,10 +31,16 @@ class _Strict(BaseModel):
 
 
 class ModelEntry(_Strict):
-    """One input: a reference and the parameters that override the global ones for it."""
+    """One input: a reference and the parameters that override the global ones for it.
+
+    ``data`` (samples), ``statistics`` and ``head`` (a file each) are for methods that look at data.
+    """
 
     model: str = Field(min_length=1, max_length=1024)
     parameters: dict[str, Any] = Field(default_factory=dict)
+    data: str | None = Field(default=None, min_length=1, max_length=1024)
+    statistics: str | None = Field(default=None, min_length=1, max_length=1024)
+    head: str | None = Field(default=None, min_length=1, max_length=1024)
 
 
 class Output(_Strict):
@@ -88,6 +96,7 @@ class Recipe(_Strict):
     missing_modules: Literal["error", "zero"] = "error"
     modules_to_save: Literal["error", "drop", "average"] | TakeFrom = "error"
     allow_base_mismatch: bool = False
+    calibration: CalibrationSettings | None = None
 
     @classmethod
     def load(cls, source: Recipe | Mapping[str, Any] | str | Path) -> Recipe:
@@ -153,9 +162,18 @@ class Recipe(_Strict):
 
     def to_yaml(self) -> str:
         """YAML that loads back to an equal recipe."""
-        return yaml.safe_dump(
-            self.model_dump(mode="json", exclude_none=False), sort_keys=False, allow_unicode=True
-        )
+        return yaml.safe_dump(self.plain(), sort_keys=False, allow_unicode=True)
+
+    def plain(self) -> dict[str, Any]:
+        """JSON data that loads back to an equal recipe; what concerns data is there only if it is used."""
+        data = self.model_dump(mode="json", exclude_none=False)
+        for entry in data["models"]:
+            for key in DATA_KEYS:
+                if entry[key] is None:
+                    del entry[key]
+        if data["calibration"] is None:
+            del data["calibration"]
+        return data
 
     def canonical(self, inputs: Mapping[str, str], *, ordered: bool = False) -> dict[str, Any]:
         """The recipe with each model replaced by its content digest, models sorted.
@@ -164,14 +182,21 @@ class Recipe(_Strict):
         canonical forms describe the same result. ``ordered`` keeps the order of the models, for methods to
         which it matters.
         """
-        data = self.model_dump(mode="json")
-        models = [{"digest": inputs[entry.model], "parameters": entry.parameters} for entry in self.models]
+        data = self.plain()
+        models = [
+            {"digest": inputs[entry.model], "parameters": entry.parameters, **_digests(entry, inputs)}
+            for entry in self.models
+        ]
         if not ordered:
             models.sort(key=lambda entry: json.dumps(entry, sort_keys=True))
         data["models"] = models
         if isinstance(self.modules_to_save, TakeFrom):
             take = self.modules_to_save.take
             data["modules_to_save"] = {"take": inputs.get(take, take)}
+        if self.calibration is not None:
+            shared, base = self.calibration.data, self.base_model
+            data["calibration"]["data"] = None if shared is None else inputs.get(shared, shared)
+            data["base_model"] = None if base is None else inputs.get(base, base)
         return data
 
     def digest(self, inputs: Mapping[str, str], *, ordered: bool = False) -> str:
@@ -179,6 +204,12 @@ class Recipe(_Strict):
         canonical = self.canonical(inputs, ordered=ordered)
         text = json.dumps(canonical, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _digests(entry: ModelEntry, inputs: Mapping[str, str]) -> dict[str, str]:
+    """The digests of the files of data that a model names."""
+    named = {key: getattr(entry, key) for key in DATA_KEYS}
+    return {key: inputs.get(value, value) for key, value in named.items() if value is not None}
 
 
 def validation_error(error: ValidationError, name: str) -> InputError:
