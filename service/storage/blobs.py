@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import AsyncIterable, AsyncIterator
 from dataclasses import dataclass
 
 BLOBS = "blobs"
@@ -38,3 +40,31 @@ class DigestMismatch(Exception):
         super().__init__(f"expected sha256 {expected}, got {actual}")
         self.expected = expected
         self.actual = actual
+
+
+class Arrival:
+    """A stream on its way into the storage: counted, digested and, at its end, compared."""
+
+    def __init__(self, chunks: AsyncIterable[bytes], limit: int, expect: str | None) -> None:
+        self._chunks = chunks
+        self._limit = limit
+        self._expect = expect
+        self._digest = hashlib.sha256()
+        self.size = 0
+
+    @property
+    def sha256(self) -> str:
+        """Of what has come so far (hex)."""
+        return self._digest.hexdigest()
+
+    async def checked(self) -> AsyncIterator[bytes]:
+        """The chunks that are not empty. Raises :class:`StreamTooLong` and :class:`DigestMismatch`."""
+        async for chunk in self._chunks:
+            self.size += len(chunk)
+            if self.size > self._limit:
+                raise StreamTooLong(self._limit)
+            self._digest.update(chunk)
+            if chunk:
+                yield chunk
+        if self._expect not in (None, self.sha256):
+            raise DigestMismatch(str(self._expect), self.sha256)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import json
 import os
 import shutil
@@ -25,9 +24,9 @@ import obstore
 from obstore.store import ObjectStore, S3Store
 
 from merging.errors import InputError
-from service.storage.blobs import STAGING, Blob, DigestMismatch, StreamTooLong, blob_key
+from service.storage.blobs import STAGING, Arrival, Blob, blob_key
 from service.storage.failures import StorageRefused, StorageUnavailable, meaning
-from service.storage.local import linked, to_disk
+from service.storage.local import Room, linked, to_disk
 from service.storage.stores import open_store
 
 CHUNK = 1 << 20
@@ -53,21 +52,30 @@ class Storage:
     """An object store. ``root`` is its folder when it is local, which allows links instead of copies.
 
     ``patience``: so many seconds the synchronous methods wait for a storage that does not answer.
+    ``keep_free``: so many bytes streams leave free on the disk of a folder.
     """
 
-    def __init__(self, store: ObjectStore, root: Path | None = None, *, patience: float = 0.0) -> None:
+    def __init__(
+        self, store: ObjectStore, root: Path | None = None, *, patience: float = 0.0, keep_free: int = 0
+    ) -> None:
         self._store = store
         self.root = root
+        self._room = Room(root, keep_free) if root is not None else None
         self._patience = patience
 
     @classmethod
-    def open(cls, url: str, *, patient: bool = False) -> Storage:
+    def open(cls, url: str, *, patient: bool = False, keep_free: int = 0) -> Storage:
         """The store at a URL, not contacted yet. A ``patient`` one (workers) bridges an outage of a minute.
 
         Raises ``storage_url_unsupported``.
         """
         store, root = open_store(url)
-        return cls(store, root, patience=_PATIENCE_SECONDS if patient else 0.0)
+        return cls(store, root, patience=_PATIENCE_SECONDS if patient else 0.0, keep_free=keep_free)
+
+    def demand_room(self, size: int) -> None:
+        """Raise ``storage_full`` if so many bytes more would fill the disk. A bucket has no end."""
+        if self._room:
+            self._room.demand(size)
 
     def check(self) -> None:
         """Ask the storage for something, whether it is there or not."""
@@ -237,32 +245,22 @@ class Storage:
         ``expect`` is the sha256 (hex) that the content must have. Raises :class:`StreamTooLong` and
         :class:`DigestMismatch`.
         """
-        digest = hashlib.sha256()
-        size = 0
-
-        async def counted() -> AsyncIterator[bytes]:
-            nonlocal size
-            async for chunk in chunks:
-                size += len(chunk)
-                if size > limit:
-                    raise StreamTooLong(limit)
-                digest.update(chunk)
-                if chunk:
-                    yield chunk
-            if expect is not None and digest.hexdigest() != expect:
-                raise DigestMismatch(expect, digest.hexdigest())
-
+        arrival = Arrival(chunks, limit, expect)
         staged = f"{STAGING}/{tenant}/{uuid.uuid4().hex}"
+        await self.write_stream(staged, arrival.checked())
+        new = await asyncio.to_thread(self._settle, staged, blob_key(tenant, arrival.sha256))
+        return Blob(arrival.sha256, arrival.size, new=new)
+
+    async def write_stream(self, key: str, chunks: AsyncIterable[bytes]) -> None:
+        """Store a stream under a key, replacing what was there. Nothing is kept of one that raises."""
+        content = self._room.metered(chunks) if self._room else aiter(chunks)
         try:
             await obstore.put_async(
-                self._store, staged, counted(), chunk_size=_PART, max_concurrency=_PARTS_AT_ONCE
+                self._store, key, content, chunk_size=_PART, max_concurrency=_PARTS_AT_ONCE
             )
         except Exception as error:
             found = meaning(error)
             raise (found if found is not error else error) from None
-        key = blob_key(tenant, digest.hexdigest())
-        new = await asyncio.to_thread(self._settle, staged, key)
-        return Blob(digest.hexdigest(), size, new=new)
 
     def _settle(self, staged: str, key: str) -> bool:
         """Give a staged object its final key; whether that is new."""
