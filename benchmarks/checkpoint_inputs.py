@@ -95,7 +95,7 @@ def values(shape: Shape, seed: int) -> Iterator[tuple[str, list[Tensor]]]:
 
 
 def write_checkpoints(folder: Path, shape: Shape, *, dtype: Dtype = "bfloat16", seed: int = 0) -> list[Path]:
-    """Write ``base``, ``tuned-0``, ``tuned-1`` and ``tuned-2`` below ``folder``; their paths in that order."""
+    """Write ``base``, ``tuned-0``, ``tuned-1``, ``tuned-2`` below ``folder``; their paths in that order."""
     paths = [folder / name for name in ("base", *(f"tuned-{index}" for index in range(FINE_TUNES)))]
     for path in paths:
         path.mkdir(parents=True)

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from merging.errors import MergeFailure
 from merging.mergekit import sce, slerp, sparsify
-from merging.mergekit.entries import Entries
+from merging.mergekit.cuts import keep_band, keep_largest
+from merging.mergekit.entries import DeltaMagnitudes, Entries, Rows
 from merging.mergekit.methods import MergekitMethod
 from merging.mergekit.schedule import Output
 from merging.mergekit.sparsify import Sparsifier
@@ -35,27 +36,28 @@ class Work:
         return [i for i in range(len(self.output.inputs)) if i != self.output.base]
 
 
-def merge(work: Work, tensors: Sequence[Tensor]) -> Tensor:
+def merge(work: Work, inputs: Sequence[Rows]) -> Tensor:
     """The output tensor, in its dtype and shape. Raises ``mergekit_buffer`` if inputs to copy differ."""
     output = work.output
     if output.copy:
-        return _copied(output, tensors)
-    entries = Entries.of(tensors, TORCH[output.dtype])
+        return _copied(output, inputs)
+    entries = Entries.of(inputs, output.shape, TORCH[output.dtype])
     merged = torch.empty(entries.size, dtype=TORCH[output.out_dtype])
     if entries.size:
         _METHODS.get(work.method.name, _family)(work, entries, merged)
     return merged.view(output.shape)
 
 
-def _copied(output: Output, tensors: Sequence[Tensor]) -> Tensor:
-    if any(not torch.equal(tensor, tensors[0]) for tensor in tensors[1:]):
+def _copied(output: Output, inputs: Sequence[Rows]) -> Tensor:
+    first = inputs[0].read(0, inputs[0].size).clone()
+    if any(not torch.equal(rows.read(0, rows.size), first) for rows in inputs[1:]):
         raise MergeFailure(
             "mergekit_buffer",
             f"{output.name} is not made of real numbers to merge and differs between the models",
             remedy="Make it equal in all models.",
             where={"module": output.name},
         )
-    return tensors[0].clone()
+    return first.view(output.shape)
 
 
 def _linear(work: Work, entries: Entries, merged: Tensor) -> None:
@@ -109,7 +111,7 @@ def _family(work: Work, entries: Entries, merged: Tensor) -> None:
         for start, stop in entries.spans():
             merged[start:stop] = entries.rows(base, start, stop)
         return
-    sparsifiers = [sparsifier(work, entries, index) for index in deltas]
+    sparsifiers = prepared(work, entries)
     weights = torch.tensor([output.values.inputs[i]["weight"] for i in deltas], dtype=dtype).unsqueeze(1)
     plain = bool((weights == 1.0).all())
     total = weights.sum(0)
@@ -117,10 +119,10 @@ def _family(work: Work, entries: Entries, merged: Tensor) -> None:
     for start, stop in entries.spans():
         rows = entries.rows(base, start, stop)
         y = torch.empty((len(deltas), stop - start), dtype=dtype)
-        for row, index, sparse in zip(y, deltas, sparsifiers, strict=True):
+        for row, index in zip(y, deltas, strict=True):
             torch.sub(entries.rows(index, start, stop), rows, out=row)
-            if sparse is not None:
-                row.copy_(sparse.apply(row, start))
+            if index in sparsifiers:
+                row.copy_(sparsifiers[index].apply(row, start))
         if not plain:
             y.mul_(weights)
         if work.method.election:
@@ -144,30 +146,38 @@ def _elected(y: Tensor, weights: Tensor, *, normalize: bool) -> Tensor:
     return mixed.div_(divisor.masked_fill_(divisor == 0, 1))
 
 
-def sparsifier(work: Work, entries: Entries, index: int) -> Sparsifier | None:
-    """What drops entries of one task vector; ``None`` where everything stays."""
-    method, values = work.method, work.output.values.inputs[index]
-    base, density, size = work.output.base, values["density"], entries.size
+def prepared(work: Work, entries: Entries) -> dict[int, Sparsifier]:
+    """What drops entries of the task vectors, by input; inputs that stay whole have none."""
+    method, base = work.method, work.output.base
     assert base is not None
-    if method.sparsify is None or density >= 1.0:
-        return None
-    key = (work.seed, work.keys[index], work.output.name)
-    made: Sparsifier
-    if method.sparsify == "band":
-        kept = int(density * size)
-        start = max(0, size - kept - int(values["gamma"] * size))
-        if kept == 0:
-            return sparsify.Nothing(entries.dtype)
-        made = sparsify.Band(entries, index, base, start, start + kept)
-    elif density <= 0.0:
-        return sparsify.Nothing(entries.dtype)
-    elif method.sparsify == "magnitude":
-        made = sparsify.Largest(entries, index, base, max(1, int(density * size)))
-    elif method.sparsify == "random":
-        made = sparsify.Random(entries, density, key)
-    else:
-        made = sparsify.RankedRandom(entries, density, values["epsilon"], key)
-    return made.match_l1(entries, index, base) if work.output.values.shared["rescale"] else made
+    values = work.output.values.inputs
+    sparse = [i for i in work.deltas() if method.sparsify is not None and values[i]["density"] < 1.0]
+    kept = {i: int(values[i]["density"] * entries.size) for i in sparse}
+    made: dict[int, Sparsifier] = {
+        i: sparsify.Nothing(entries.dtype)
+        for i in sparse
+        if (kept[i] == 0 if method.sparsify == "band" else values[i]["density"] <= 0.0)
+    }
+    some = [i for i in sparse if i not in made]
+    magnitudes = [DeltaMagnitudes(entries, i, base) for i in some]
+    if method.sparsify == "magnitude" and some:
+        cuts = keep_largest(magnitudes, [max(1, kept[i]) for i in some])
+        made |= {i: sparsify.Largest(entries.dtype, cut) for i, cut in zip(some, cuts, strict=True)}
+    elif method.sparsify == "band" and some:
+        starts = [max(0, entries.size - kept[i] - int(values[i]["gamma"] * entries.size)) for i in some]
+        ends = [(start, start + kept[i]) for start, i in zip(starts, some, strict=True)]
+        bands = keep_band(magnitudes, ends)
+        made |= {i: sparsify.Band(entries.dtype, *band) for i, band in zip(some, bands, strict=True)}
+    for i in some:
+        key, density = (work.seed, work.keys[i], work.output.name), values[i]["density"]
+        if method.sparsify == "random":
+            made[i] = sparsify.Random(entries.dtype, density, key)
+        elif method.sparsify == "ranked_random":
+            epsilon = values[i]["epsilon"]
+            made[i] = sparsify.RankedRandom(entries.dtype, entries.width, density, epsilon, key)
+    if work.output.values.shared["rescale"] and some:
+        sparsify.match_l1(entries, base, {i: made[i] for i in some})
+    return made
 
 
 _METHODS = {"linear": _linear, "passthrough": _passthrough, "slerp": _slerp, "sce": _sce}

@@ -25,8 +25,12 @@ class Magnitudes(Protocol):
         """Each block with its first index. It may be overwritten afterwards."""
         ...
 
-    def sample(self, step: int) -> np.ndarray:
-        """Every ``step``-th entry, as an array of its own."""
+    def block(self, start: int) -> np.ndarray:
+        """The block that begins there."""
+        ...
+
+    def sample(self, size: int) -> np.ndarray:
+        """About so many entries from all over, as an array of its own."""
         ...
 
 
@@ -51,93 +55,120 @@ class _Search:
     low: int
     high: int
     above: int = 0
-    counts: list[int] = field(default_factory=list)
+    starts: list[int] = field(default_factory=list)
+    counts: list[list[int]] = field(default_factory=list)
     inside: list[np.ndarray] = field(default_factory=list)
 
     @property
     def few(self) -> bool:
+        """So few magnitudes are possible that each is counted, block by block."""
         return self.high - self.low < FEW
 
-    def feed(self, bits: np.ndarray) -> None:
+    def feed(self, start: int, bits: np.ndarray) -> None:
         """Count what is above ``high`` and what is inside."""
         if self.few:
             reached = [int(np.count_nonzero(bits >= v)) for v in range(self.low, self.high + 2)]
             self.above += reached[-1]
-            inside = [reached[i] - reached[i + 1] for i in range(len(reached) - 1)]
-            old = self.counts or [0] * len(inside)
-            self.counts = [a + b for a, b in zip(old, inside, strict=True)]
+            self.starts.append(start)
+            self.counts.append([reached[i] - reached[i + 1] for i in range(len(reached) - 1)])
             return
         over = bits > self.high
         self.above += int(np.count_nonzero(over))
         self.inside.append(bits[(bits >= self.low) ^ over])
 
-    def found(self) -> tuple[int, int, int] | None:
-        """The value, how many are larger and how many equal it; ``None`` if it escaped the bracket."""
+    def found(self) -> Rank | None:
+        """``None`` if it escaped the bracket."""
         left = self.rank - self.above
         if left < 1:
             return None
         if self.few:
             above = self.above
             for v in range(self.high, self.low - 1, -1):
-                count = self.counts[v - self.low]
-                if above + count >= self.rank:
-                    return v, above, count
-                above += count
+                blocks = tuple(counts[v - self.low] for counts in self.counts)
+                if above + sum(blocks) >= self.rank:
+                    return Rank(v, above, sum(blocks), tuple(zip(self.starts, blocks, strict=True)))
+                above += sum(blocks)
             return None
-        held = np.concatenate(self.inside) if self.inside else np.empty(0, np.int16)
+        held = np.concatenate(self.inside)
         if left > held.size:
             return None
         value = int(np.partition(held, held.size - left)[held.size - left])
-        return value, self.above + int((held > value).sum()), int((held == value).sum())
+        return Rank(value, self.above + int((held > value).sum()), int((held == value).sum()))
 
 
-def largest(of: Magnitudes, ranks: Sequence[int]) -> list[tuple[int, int, int]]:
-    """For each rank (1 is the largest) its magnitude bits, how many are larger and how many are equal."""
-    sample = of.sample(max(1, of.entries // SAMPLE) | 1)
-    sample.sort()
-    searches = [_bracketed(sample, of.entries, rank) for rank in ranks]
-    for _, bits in of.blocks():
-        for search in searches:
-            search.feed(bits)
-    found = [search.found() for search in searches]
-    if None not in found:
-        return [value for value in found if value is not None]
-    whole = np.concatenate([bits.copy() for _, bits in of.blocks()])  # rare: a bracket missed
-    values = [int(np.partition(whole, of.entries - rank)[of.entries - rank]) for rank in ranks]
-    return [(v, int((whole > v).sum()), int((whole == v).sum())) for v in values]
+@dataclass(frozen=True)
+class Rank:
+    """A magnitude, how many are larger, how many equal it; ``blocks`` says how many in which, if known."""
+
+    value: int
+    above: int
+    equal: int
+    blocks: tuple[tuple[int, int], ...] = ()
 
 
-def keep_largest(of: Magnitudes, count: int) -> Cut:
-    """Keep exactly ``count``: what is larger than ``value``, and equal ones at indices below ``position``."""
-    ((value, above, equal),) = largest(of, [count])
-    return Cut(value, _after(of, value, count - above, equal))
+def largest(of: Sequence[Magnitudes], ranks: Sequence[Sequence[int]]) -> list[list[Rank]]:
+    """For each of several magnitudes of one size the entries of these ranks (1 is the largest)."""
+    searches = []
+    for one, wanted in zip(of, ranks, strict=True):
+        sample = one.sample(SAMPLE)
+        sample.sort()
+        searches.append([_bracketed(sample, one.entries, rank) for rank in wanted])
+    for blocks in zip(*(one.blocks() for one in of), strict=True):
+        for (start, bits), several in zip(blocks, searches, strict=True):
+            for search in several:
+                search.feed(start, bits)
+    return [
+        [search.found() or _counted(one, search.rank) for search in several]
+        for one, several in zip(of, searches, strict=True)
+    ]
 
 
-def keep_band(of: Magnitudes, start: int, stop: int) -> tuple[Cut, Cut]:
-    """Keep the places ``start`` to ``stop - 1`` of an ascending stable sort.
+def keep_largest(of: Sequence[Magnitudes], counts: Sequence[int]) -> list[Cut]:
+    """Keep exactly so many: what is larger than ``value``, and equal ones at indices below ``position``."""
+    found = largest(of, [[count] for count in counts])
+    return [
+        Cut(rank.value, _after(one, rank, count - rank.above))
+        for one, count, (rank,) in zip(of, counts, found, strict=True)
+    ]
+
+
+def keep_band(of: Sequence[Magnitudes], ends: Sequence[tuple[int, int]]) -> list[tuple[Cut, Cut]]:
+    """Keep the places ``start`` to ``stop - 1`` of an ascending stable sort, for each ``(start, stop)``.
 
     Of the first cut's equal ones those with an index from ``position`` on stay, of the second's those below.
     """
-    low, high = largest(of, [of.entries - start, of.entries - stop + 1])
-    return (
-        Cut(low[0], _after(of, low[0], start - (of.entries - low[1] - low[2]), low[2])),
-        Cut(high[0], _after(of, high[0], stop - (of.entries - high[1] - high[2]), high[2])),
-    )
+    ranks = [[one.entries - a, one.entries - b + 1] for one, (a, b) in zip(of, ends, strict=True)]
+    cuts = []
+    for one, places, found in zip(of, ends, largest(of, ranks), strict=True):
+        below = [one.entries - rank.above - rank.equal for rank in found]
+        low, high = (
+            Cut(rank.value, _after(one, rank, place - less))
+            for rank, place, less in zip(found, places, below, strict=True)
+        )
+        cuts.append((low, high))
+    return cuts
 
 
-def _after(of: Magnitudes, value: int, count: int, equal: int) -> int:
-    """The index after the first ``count`` entries that equal ``value``."""
+def _after(of: Magnitudes, rank: Rank, count: int) -> int:
+    """The index after the first ``count`` entries of that magnitude."""
     if count <= 0:
         return 0
-    if count >= equal:
+    if count >= rank.equal:
         return of.entries
-    for start, bits in of.blocks():
-        same = bits == value
-        here = int(np.count_nonzero(same))
+    for start, here in rank.blocks:
         if here >= count:
-            return start + int(np.flatnonzero(same)[count - 1]) + 1
+            return start + _nth(of.block(start), rank.value, count)
+        count -= here
+    for start, bits in of.blocks():
+        here = int(np.count_nonzero(bits == rank.value))
+        if here >= count:
+            return start + _nth(bits, rank.value, count)
         count -= here
     return of.entries
+
+
+def _nth(bits: np.ndarray, value: int, count: int) -> int:
+    return int(np.flatnonzero(bits == value)[count - 1]) + 1
 
 
 def _bracketed(sample: np.ndarray, entries: int, rank: int) -> _Search:
@@ -148,3 +179,24 @@ def _bracketed(sample: np.ndarray, entries: int, rank: int) -> _Search:
     least = int(sample[low]) if low >= 0 else 0
     most = int(sample[high]) if high < sample.size else int(np.iinfo(sample.dtype).max) - 1
     return _Search(rank, least, most)
+
+
+def _counted(of: Magnitudes, rank: int) -> Rank:
+    """The slow and sure way, for the rare case that a bracket missed: histograms of 16 bits at a time."""
+    value, above, equal, shift = 0, 0, of.entries, 0
+    for _, bits in of.blocks():
+        shift = 8 * bits.itemsize
+        break
+    while shift:
+        shift -= 16
+        counts = np.zeros(1 << 16, np.int64)
+        for _, bits in of.blocks():
+            wide = bits.astype(np.int64)
+            wide = wide[wide >> (shift + 16) == value]
+            counts += np.bincount((wide >> shift) & 0xFFFF, minlength=1 << 16)
+        reached = above + np.cumsum(counts[::-1])
+        step = int(np.argmax(reached >= rank))
+        equal = int(counts[::-1][step])
+        above = int(reached[step]) - equal
+        value = (value << 16) | (0xFFFF - step)
+    return Rank(value, above, equal)

@@ -8,47 +8,74 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 BLOCK = 1 << 17
+RUN = 256
+"""Length of the runs of entries that a sample is made of."""
 _BITS = {2: (torch.int16, 0x7FFF), 4: (torch.int32, 0x7FFFFFFF), 8: (torch.int64, 0x7FFFFFFFFFFFFFFF)}
+
+
+class Rows(Protocol):
+    """One input, flat."""
+
+    @property
+    def size(self) -> int: ...
+
+    def read(self, start: int, stop: int) -> Tensor:
+        """Entries in their stored dtype. Do not write to them; they last until the next call."""
+        ...
+
+
+@dataclass(frozen=True)
+class Held:
+    """An input that lies in memory."""
+
+    tensor: Tensor
+
+    @property
+    def size(self) -> int:
+        return self.tensor.numel()
+
+    def read(self, start: int, stop: int) -> Tensor:
+        return self.tensor.reshape(-1)[start:stop]
 
 
 @dataclass(frozen=True)
 class Entries:
-    """Inputs of equal shape, flattened and contiguous, in their stored dtypes; ``dtype`` is that of the work.
+    """Inputs of equal shape, flat, in their stored dtypes; ``dtype`` is that of the work.
 
     ``width`` is the length of a row: the last side of the tensor, all of it for vectors and scalars.
     """
 
-    tensors: tuple[Tensor, ...]
+    inputs: tuple[Rows, ...]
     dtype: torch.dtype
     width: int
 
     @classmethod
-    def of(cls, tensors: Sequence[Tensor], dtype: torch.dtype) -> Entries:
-        """Entries of tensors of one shape."""
-        shape = tensors[0].shape
-        width = shape[-1] if len(shape) > 1 else tensors[0].numel()
-        return cls(tuple(tensor.reshape(-1) for tensor in tensors), dtype, max(1, width))
+    def of(cls, inputs: Sequence[Rows], shape: Sequence[int], dtype: torch.dtype) -> Entries:
+        """Entries of inputs of one shape."""
+        width = shape[-1] if len(shape) > 1 else inputs[0].size
+        return cls(tuple(inputs), dtype, max(1, width))
 
     @property
     def size(self) -> int:
         """Entries of each input."""
-        return self.tensors[0].numel()
+        return self.inputs[0].size
 
     def spans(self) -> Iterator[tuple[int, int]]:
-        """Ranges of entries; whole rows if a row fits into a block."""
+        """Ranges of whole rows."""
         step = max(1, BLOCK // self.width) * self.width
         for start in range(0, self.size, step):
             yield start, min(start + step, self.size)
 
     def rows(self, index: int, start: int, stop: int) -> Tensor:
         """Entries of one input in the dtype of the work; do not write to them."""
-        return self.tensors[index][start:stop].to(self.dtype)
+        return self.inputs[index].read(start, stop).to(self.dtype)
 
     def delta(self, index: int, base: int, start: int, stop: int) -> Tensor:
         """A block of a task vector, yours to overwrite."""
@@ -71,9 +98,17 @@ class DeltaMagnitudes:
         for start, stop in self.of.spans():
             yield start, magnitude_bits(self.of.delta(self.index, self.base, start, stop))
 
-    def sample(self, step: int) -> np.ndarray:
-        x, base = self.of.tensors[self.index][::step], self.of.tensors[self.base][::step]
-        return magnitude_bits(x.to(self.of.dtype) - base.to(self.of.dtype))
+    def block(self, start: int) -> np.ndarray:
+        found = next(span for span in self.of.spans() if span[0] == start)
+        return magnitude_bits(self.of.delta(self.index, self.base, *found))
+
+    def sample(self, size: int) -> np.ndarray:
+        runs = max(1, min(size, self.entries) // RUN)
+        step = self.entries / runs
+        starts = [int(i * step) for i in range(runs)]
+        ends = [min(self.entries, start + RUN) for start in starts] if runs > 1 else [self.entries]
+        parts = [self.of.delta(self.index, self.base, a, b) for a, b in zip(starts, ends, strict=True)]
+        return magnitude_bits(torch.cat(parts))
 
 
 def magnitude_bits(x: Tensor) -> np.ndarray:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from merging.mergekit.cuts import Cut, keep_largest
-from merging.mergekit.entries import Entries, from_bits, magnitude_bits
+from merging.mergekit.entries import BLOCK, Entries, from_bits, magnitude_bits
 
 FLOOR = 1e-6
 
@@ -74,11 +74,14 @@ class _Variances:
         return self.values.numel()
 
     def blocks(self) -> Iterator[tuple[int, np.ndarray]]:
-        step = 1 << 17
-        for start in range(0, self.entries, step):
-            yield start, magnitude_bits(self.values[start : start + step])
+        for start in range(0, self.entries, BLOCK):
+            yield start, self.block(start)
 
-    def sample(self, step: int) -> np.ndarray:
+    def block(self, start: int) -> np.ndarray:
+        return magnitude_bits(self.values[start : start + BLOCK])
+
+    def sample(self, size: int) -> np.ndarray:
+        step = max(1, self.entries // size) | 1
         return magnitude_bits(self.values[::step].clone())
 
 
@@ -96,7 +99,7 @@ class _Selected:
             nonzero += int(torch.count_nonzero(block))
             self._values[start:stop] = block
         count = int(nonzero * topk) if topk > 0.0 else 0
-        self._cut: Cut | None = keep_largest(_Variances(self._values), count) if count else None
+        self._cut: Cut | None = keep_largest([_Variances(self._values)], [count])[0] if count else None
         self._limit = from_bits(self._cut.value, entries.dtype) if self._cut else torch.inf
 
     def mask(self, start: int, stop: int) -> Tensor:

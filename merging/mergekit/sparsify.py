@@ -7,13 +7,14 @@ streams keyed by seed, input and tensor; mergekit's own depend on the order of i
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from merging.mergekit.cuts import Cut, keep_band, keep_largest
-from merging.mergekit.entries import DeltaMagnitudes, Entries, from_bits
+from merging.mergekit.cuts import Cut
+from merging.mergekit.entries import Entries, from_bits
 from merging.rules import task_bits
 
 FLOOR = 1e-7
@@ -40,18 +41,6 @@ class Sparsifier(ABC):
             return y.mul_(self.factor)
         return y.to(self.dtype).mul_(self.factor).to(y.dtype)
 
-    def match_l1(self, entries: Entries, index: int, base: int) -> Sparsifier:
-        """Set the factor that gives the task vector its L1 norm back."""
-        before = after = 0.0
-        for start, stop in entries.spans():
-            x = entries.delta(index, base, start, stop)
-            before += _l1(x)
-            after += _l1(self.cut(x, start))
-        sums = torch.tensor([before, after], dtype=torch.float64).to(self.dtype)
-        if float(sums[0]) >= FLOOR and float(sums[1]) >= FLOOR:
-            self.factor = sums[0] / sums[1]
-        return self
-
 
 class Nothing(Sparsifier):
     """Density 0: everything goes."""
@@ -61,12 +50,12 @@ class Nothing(Sparsifier):
 
 
 class Largest(Sparsifier):
-    """Exactly ``count`` largest magnitudes; of equal ones the first."""
+    """An exact number of the largest magnitudes; of equal ones the first."""
 
-    def __init__(self, entries: Entries, index: int, base: int, count: int) -> None:
-        super().__init__(entries.dtype)
-        self._cut = keep_largest(DeltaMagnitudes(entries, index, base), count)
-        self._value = from_bits(self._cut.value, entries.dtype)
+    def __init__(self, dtype: torch.dtype, cut: Cut) -> None:
+        super().__init__(dtype)
+        self._cut = cut
+        self._value = from_bits(cut.value, dtype)
 
     def cut(self, x: Tensor, start: int) -> Tensor:
         for part, within in _sides(x, start, self._cut):
@@ -76,13 +65,12 @@ class Largest(Sparsifier):
 
 
 class Band(Sparsifier):
-    """Places ``start`` to ``stop - 1`` of an ascending stable sort by magnitude."""
+    """A run of places of an ascending stable sort by magnitude."""
 
-    def __init__(self, entries: Entries, index: int, base: int, start: int, stop: int) -> None:
-        super().__init__(entries.dtype)
-        self._low, self._high = keep_band(DeltaMagnitudes(entries, index, base), start, stop)
-        self._least = from_bits(self._low.value, entries.dtype)
-        self._most = from_bits(self._high.value, entries.dtype)
+    def __init__(self, dtype: torch.dtype, low: Cut, high: Cut) -> None:
+        super().__init__(dtype)
+        self._low, self._high = low, high
+        self._least, self._most = from_bits(low.value, dtype), from_bits(high.value, dtype)
 
     def cut(self, x: Tensor, start: int) -> Tensor:
         size = x.abs()
@@ -97,8 +85,8 @@ class Band(Sparsifier):
 class Random(Sparsifier):
     """Each entry stays with probability ``density``."""
 
-    def __init__(self, entries: Entries, density: float, key: tuple[int, str, str]) -> None:
-        super().__init__(_work(entries.dtype))
+    def __init__(self, dtype: torch.dtype, density: float, key: tuple[int, str, str]) -> None:
+        super().__init__(_work(dtype))
         self._limit = limits(torch.tensor(density).to(self.dtype))
         self._key = key
         self._bits = task_bits(*key)
@@ -118,9 +106,11 @@ class RankedRandom(Sparsifier):
     are sorted once.
     """
 
-    def __init__(self, entries: Entries, density: float, epsilon: float, key: tuple[int, str, str]) -> None:
-        super().__init__(_work(entries.dtype))
-        self._width = entries.width
+    def __init__(
+        self, dtype: torch.dtype, width: int, density: float, epsilon: float, key: tuple[int, str, str]
+    ) -> None:
+        super().__init__(_work(dtype))
+        self._width = width
         self._limits = limits(self._chances(density, epsilon))
         self._bits = task_bits(*key)
         self._kept: dict[int, np.ndarray] = {}
@@ -156,6 +146,20 @@ def row_order(rows: Tensor) -> np.ndarray:
         keys.sort(axis=1)
         return (keys & 0xFFFF).astype(np.int64)
     return rows.abs().sort(dim=1, stable=True).indices.numpy()
+
+
+def match_l1(entries: Entries, base: int, sparsifiers: Mapping[int, Sparsifier]) -> None:
+    """Set the factors that give the task vectors of these inputs their L1 norms back."""
+    before, after = dict.fromkeys(sparsifiers, 0.0), dict.fromkeys(sparsifiers, 0.0)
+    for start, stop in entries.spans():
+        for index, sparse in sparsifiers.items():
+            x = entries.delta(index, base, start, stop)
+            before[index] += _l1(x)
+            after[index] += _l1(sparse.cut(x, start))
+    for index, sparse in sparsifiers.items():
+        sums = torch.tensor([before[index], after[index]], dtype=torch.float64).to(sparse.dtype)
+        if float(sums[0]) >= FLOOR and float(sums[1]) >= FLOOR:
+            sparse.factor = sums[0] / sums[1]
 
 
 def limits(chances: Tensor) -> np.ndarray:

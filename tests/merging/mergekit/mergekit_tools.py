@@ -18,6 +18,7 @@ from merging.formats.guard import check_safetensors
 from merging.formats.header import TensorInfo
 from merging.mergekit import config as configs
 from merging.mergekit.arithmetic import Work, merge
+from merging.mergekit.entries import Held
 from merging.mergekit.schedule import Schedule, schedule
 
 DATA = Path(__file__).parent / "data"
@@ -69,7 +70,7 @@ class Checkpoints:
         held = {name: self.tensors(name) for name in table.config.models}
         for output in table.outputs:
             work = Work(output, table.config.method, seed, tuple(item.model for item in output.inputs))
-            yield output.name, merge(work, [held[item.model][item.tensor] for item in output.inputs])
+            yield output.name, merge(work, [Held(held[item.model][item.tensor]) for item in output.inputs])
 
 
 def units_apart(x: Tensor, y: Tensor) -> Tensor:
