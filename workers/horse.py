@@ -19,6 +19,7 @@ from workers import environment as env
 from workers.job import MergeJob
 from workers.memory import confine
 from workers.queue import ReliableQueue
+from workers.warm import await_job
 from workers.worker import MergeWorker
 
 
@@ -29,6 +30,11 @@ def main() -> int:
     settings = load_settings()
     if settings.worker_memory is not None and os.environ.get(env.DEVICE) == "cpu":
         confine(int(settings.worker_memory))
+    if env.WARM in os.environ:
+        job_names = await_job()
+        if job_names is None:
+            return 0
+        os.environ.update(job_names)
     connection = connect(settings, patient=True)
     worker = MergeWorker([], name=os.environ["RQ_WORKER_ID"], connection=connection, prepare_for_work=False)
     job = MergeJob.fetch(os.environ["RQ_JOB_ID"], connection=connection, serializer=JSONSerializer)

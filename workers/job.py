@@ -12,9 +12,9 @@ from typing import Any
 
 from rq.job import Job
 
-from service.broker import TASK
+from service.broker import PUSH_TASK, TASK
 
-ALLOWED = (TASK,)
+ALLOWED = (TASK, PUSH_TASK)
 
 
 class ForbiddenFunction(Exception):

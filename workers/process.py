@@ -20,12 +20,15 @@ def main() -> int:
     deathsig.die_with_parent(int(os.environ[env.SUPERVISOR_PID]))
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     configure()
+    settings = load_settings()
     sizes = served_with(int(os.environ[env.MEMORY]))
     worker = MergeWorker(
         [queue_name(priority, size) for priority in PRIORITIES for size in sizes],
         name=os.environ[env.WORKER_NAME],
-        connection=connect(load_settings(), patient=True),
+        connection=connect(settings, patient=True),
+        warm=settings.warm_horses,
     )
+    worker.warm_up()
     worker.work(logging_level="WARNING")
     return 0
 

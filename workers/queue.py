@@ -19,7 +19,7 @@ from rq.queue import Queue
 
 from service.broker import TRANSIENT, text
 
-_POLL_SECONDS = 0.1
+_POLL_SECONDS = 0.05
 _TAKE = """
 for _, key in ipairs(KEYS) do
   local job = redis.call('LMOVE', key, key .. ':intermediate', 'LEFT', 'RIGHT')

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,11 +25,14 @@ from service.errors import Unavailable
 from service.jobs import MAX_RETRIES, Jobs
 from service.logs import event, request_id
 from service.problems import describe
+from service.pushes import Pushes
 from service.registry import Registry, hide_folder
+from service.remote.references import Hubs
 from service.scratch import scratch
 from service.settings import load_settings
 from service.sources import Sources
 from service.storage import Storage
+from workers.environment import process_seconds
 from workers.rungs import MovedUp, rungs, worker_memory
 
 _REPORT_SECONDS = 0.2
@@ -43,8 +47,11 @@ def run_merge(tenant: str, merge_id: str) -> None:
     connection = connect(settings, patient=True)
     storage = Storage.open(settings.storage_location, patient=True)
     jobs = Jobs(connection, storage)
-    sources = Sources(Registry(storage, connection, settings.scratch_dir), jobs, storage)
-    task = Task(tenant, merge_id, os.environ["RQ_EXECUTION_ID"], jobs, storage)
+    registry = Registry(storage, connection, settings.scratch_dir)
+    hubs = Hubs.of(settings)
+    sources = Sources(registry, jobs, storage, hubs, import_limit=settings.max_upload_bytes)
+    pushes = Pushes(connection, jobs)
+    task = Task(tenant, merge_id, os.environ["RQ_EXECUTION_ID"], jobs, storage, pushes)
     with scratch(settings.scratch_dir) as folder:
         task.run(sources, folder)
 
@@ -52,7 +59,16 @@ def run_merge(tenant: str, merge_id: str) -> None:
 class Task:
     """One attempt of one merge."""
 
-    def __init__(self, tenant: str, merge_id: str, attempt: str, jobs: Jobs, storage: Storage) -> None:
+    def __init__(
+        self,
+        tenant: str,
+        merge_id: str,
+        attempt: str,
+        jobs: Jobs,
+        storage: Storage,
+        pushes: Pushes | None = None,
+    ) -> None:
+        self._pushes = pushes
         self._tenant = tenant
         self._id = merge_id
         self._attempt = attempt
@@ -67,6 +83,7 @@ class Task:
         if answer != "claimed":
             _log.info("%s is not to be run: %s", self._id, answer)
             self._stopped(answer)
+            self._push(answer)  # if an earlier attempt was killed right after it had published
             return
         try:
             self._publish(self._merge(sources, folder))
@@ -94,10 +111,20 @@ class Task:
     def _merge(self, sources: Sources, folder: Path) -> MergeResult:
         record = self._jobs.get(self._tenant, self._id)
         request_id.set(record.request_id)
-        event(_log, logging.INFO, f"{self._id} starts", merge=self._id, attempt=self._attempt)
+        event(
+            *(_log, logging.INFO, f"{self._id} starts"),
+            merge=self._id,
+            attempt=self._attempt,
+            process_seconds=round(process_seconds(), 3),
+            engine_loaded="merging.engine" in sys.modules,
+        )
         recipe = Recipe.load(record.recipe)
         self._advance("inputs", 0.0, "bringing the inputs")
-        find = sources.place(self._tenant, recipe, folder / "inputs")
+        imported = sources.bring(
+            recipe, folder / "imports", lambda message: self._advance("inputs", 0.0, message)
+        )
+        recipe = imported.recipe
+        find = sources.place(self._tenant, recipe, folder / "inputs", imported.folders)
         self._advance("starting", 0.0, "starting the engine")
         done = self._run_engine(recipe, record.memory_bytes, folder / "result", find)
         self._advance("store", _ENGINE_SHARE, "storing the result")
@@ -112,6 +139,7 @@ class Task:
             seconds=round(done.seconds, 3),
             files=tuple(files),
             summary=done.report.get("summary", {}),
+            imports=imported.commits,
         )
 
     def _run_engine(self, recipe: Recipe, need: int, out: Path, find: Resolve) -> Any:
@@ -157,6 +185,11 @@ class Task:
         for key, _ in self._storage.keys(prefix):  # what attempts left that were killed
             if not key.startswith(f"{prefix}/{self._attempt}/"):
                 self._storage.delete(key)
+        self._push("succeeded")
+
+    def _push(self, state: str) -> None:
+        if state == "succeeded" and self._pushes is not None:
+            self._pushes.start_waiting(self._tenant, self._id)
 
     # progress
 

@@ -25,6 +25,7 @@ from service.sizes import move_up, size_for
 from workers import environment as env
 from workers.job import MergeJob
 from workers.queue import ReliableQueue
+from workers.warm import COMMAND, WarmHorse
 
 HEARTBEAT_SECONDS = 10
 """A job whose worker was not heard of for so long is given to another."""
@@ -40,7 +41,9 @@ class MergeWorker(SpawnWorker):
     job_class = MergeJob
     queue_class = ReliableQueue
 
-    def __init__(self, queues: Any, *, connection: redis.Redis, **options: Any) -> None:
+    def __init__(self, queues: Any, *, connection: redis.Redis, warm: bool = False, **options: Any) -> None:
+        self._wants_warm = warm
+        self._warm: WarmHorse | None = None
         options.setdefault("serializer", JSONSerializer)
         options.setdefault("job_monitoring_interval", _MONITOR_SECONDS)
         options.setdefault("worker_ttl", _WORKER_SECONDS)
@@ -75,16 +78,27 @@ class MergeWorker(SpawnWorker):
         """
         execution = self.execution
         assert execution is not None
-        environment = {
-            **os.environ,
+        names = {
             "RQ_WORKER_ID": self.name,
             "RQ_JOB_ID": job.id,
             "RQ_EXECUTION_ID": execution.id,
             env.QUEUE: queue.name,
             env.WORKER_PID: str(os.getpid()),
         }
-        command = [sys.executable, "-m", "workers.horse"]
-        self._horse_pid = os.posix_spawn(sys.executable, command, environment, setpgroup=0)
+        warm, self._warm = self._warm, None
+        self._horse_pid = (warm.give(names) if warm else None) or os.posix_spawn(
+            sys.executable, COMMAND, {**os.environ, **names}, setpgroup=0
+        )
+
+    def execute_job(self, job: Job, queue: Queue) -> None:
+        """Make the next work-horse ready once this one is done, not while it needs the cores."""
+        super().execute_job(job, queue)
+        self.warm_up()
+
+    def warm_up(self) -> None:
+        """Have a work-horse ready, if the settings want that."""
+        if self._wants_warm and self._warm is None:
+            self._warm = WarmHorse()
 
     def _killed(self, job: Job, _pid: int, status: int | None, _usage: object) -> None:
         """Take a work-horse that was shot from outside for one that ran out of memory: so the kernel ends it.
