@@ -8,6 +8,7 @@ names and the order of models and revisions, and can be rebuilt.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from merging.errors import MergeError, MergeFailure
 from service.broker import models_key, revisions_key, staging_key, text
 from service.clock import at, millis, now
 from service.documents import FileEntry, Manifest, manifest_key, revision_of
-from service.errors import Conflict, NotFound, TooLarge
+from service.errors import Conflict, NotFound, TooLarge, Unavailable
+from service.marks import Marks
 from service.names import WEIGHTS, Reference
 from service.paging import page
 from service.scratch import scratch
@@ -52,6 +54,7 @@ class Registry:
         self._storage = storage
         self._redis = connection
         self._scratch_dir = scratch_dir
+        self._marks = Marks(connection)
 
     # the next revision
 
@@ -64,6 +67,7 @@ class Registry:
             pipe.hset(key, path, json.dumps([blob.sha256, blob.size]))
             pipe.expire(key, STAGING_SECONDS)
             pipe.execute()
+        self._hold(tenant, (blob.sha256,))
         return FileEntry(path=path, sha256=blob.sha256, size=blob.size)
 
     def commit(self, tenant: str, model: str) -> Manifest:
@@ -90,7 +94,10 @@ class Registry:
         manifest = self._load(tenant, model, revision)
         if manifest is None or manifest.format == NO_WEIGHTS:
             manifest = self._create(tenant, model, revision, files)
-        self.index(tenant, manifest, moment=now())
+        elif self._redis.zrevrange(revisions_key(tenant, model), 0, 0) != [revision.encode()]:
+            manifest = manifest.model_copy(update={"created_at": now()})  # the newest again
+            self._save(tenant, manifest)
+        self.index(tenant, manifest)
         arguments = [item for pair in staged.items() for item in pair]
         self._redis.eval(_UNSTAGE, 1, staging_key(tenant, model), *arguments)
         return manifest
@@ -137,11 +144,28 @@ class Registry:
 
     def _save(self, tenant: str, manifest: Manifest) -> None:
         key = manifest_key(tenant, manifest.model, manifest.revision)
+        new = self._storage.size(key) is None
         self._storage.put_json(key, manifest.model_dump(mode="json"))
+        try:
+            self._hold(tenant, [entry.sha256 for entry in manifest.files])
+        except Unavailable:
+            if new:
+                self._storage.delete(key)
+            raise
 
-    def index(self, tenant: str, manifest: Manifest, *, moment: str | None = None) -> None:
+    def _hold(self, tenant: str, digests: Sequence[str]) -> None:
+        """Keep content that is referred to as of now. Raises ``content_collected`` if that is too late."""
+        late = self._marks.spare(tenant, digests)
+        if late or any(self._storage.size(blob_key(tenant, digest)) is None for digest in digests):
+            raise Unavailable(
+                "content_collected",
+                "the same content was not referred to for long and has just been removed",
+                remedy="Send the file again",
+            )
+
+    def index(self, tenant: str, manifest: Manifest) -> None:
         """Enter a revision into the order of revisions and its model into that of models."""
-        score = millis(moment or manifest.created_at)
+        score = millis(manifest.created_at)
         with self._redis.pipeline() as pipe:
             pipe.zadd(revisions_key(tenant, manifest.model), {manifest.revision: score})
             pipe.zadd(models_key(tenant), {manifest.model: score}, gt=True)
