@@ -34,6 +34,8 @@ QUEUES = tuple(queue_name(priority, size) for priority in PRIORITIES for size in
 
 TASK = "workers.tasks.run_merge"
 """The job function, named and never imported here."""
+PUSH_TASK = "workers.push.run_push"
+"""The one that pushes a result to another hub."""
 
 
 def connect(settings: Settings, *, patient: bool = False) -> redis.Redis:

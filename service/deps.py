@@ -19,8 +19,10 @@ from service.fanout import Fanout
 from service.idempotency import Idempotency
 from service.jobs import Jobs
 from service.limits import Limits
+from service.pushes import Pushes
 from service.quota import Quota
 from service.registry import Registry
+from service.remote.references import Hubs
 from service.settings import Settings
 from service.sources import Sources
 from service.storage import Storage
@@ -37,6 +39,8 @@ class Services:
     registry: Registry
     jobs: Jobs
     sources: Sources
+    hubs: Hubs
+    pushes: Pushes
     quota: Quota
     keys: Keys
     idempotency: Idempotency
@@ -51,7 +55,8 @@ class Services:
         storage = Storage.open(settings.storage_location)
         jobs = Jobs(connection, storage)
         registry = Registry(storage, connection, settings.scratch_dir)
-        sources = Sources(registry, jobs, storage)
+        hubs = Hubs.of(settings)
+        sources = Sources(registry, jobs, storage, hubs, import_limit=settings.max_upload_bytes)
         events = connect_async(settings)
         quota = Quota(events, settings.max_tenant_bytes)
         keys = Keys(storage)
@@ -64,6 +69,8 @@ class Services:
             registry=registry,
             jobs=jobs,
             sources=sources,
+            hubs=hubs,
+            pushes=Pushes(connection, jobs),
             quota=quota,
             keys=keys,
             idempotency=Idempotency(events),

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 MergeState = Literal["queued", "running", "cancelling", "succeeded", "failed", "cancelled"]
 Priority = Literal["high", "normal", "low"]
+PushState = Literal["waiting", "running", "succeeded", "failed"]
 STATES: tuple[MergeState, ...] = ("queued", "running", "cancelling", "succeeded", "failed", "cancelled")
 FINAL: tuple[MergeState, ...] = ("succeeded", "failed", "cancelled")
 
@@ -46,6 +47,24 @@ class Manifest(Document):
         return next((entry for entry in self.files if entry.path == path), None)
 
 
+class Push(Document):
+    """Where a result is to be pushed, and how far that is."""
+
+    repo: str
+    revision: str | None = None
+    private: bool = True
+    endpoint: str
+    state: PushState = "waiting"
+    commit: str | None = None
+    error: dict[str, Any] | None = None
+    finished_at: str | None = None
+
+    def again(self) -> Push:
+        """The same, to be done."""
+        cleared: dict[str, Any] = {"state": "waiting", "commit": None, "error": None, "finished_at": None}
+        return self.model_copy(update=cleared)
+
+
 class MergeResult(Document):
     """What a finished merge left: files under its attempt, and what the engine said about it."""
 
@@ -54,6 +73,8 @@ class MergeResult(Document):
     seconds: float
     files: tuple[FileEntry, ...]
     summary: dict[str, Any] = Field(default_factory=dict)
+    imports: dict[str, str] = Field(default_factory=dict)
+    """From reference to another hub to the commit that it meant."""
 
 
 class MergeRecord(Document):
@@ -83,6 +104,7 @@ class MergeRecord(Document):
     message: str = ""
     error: dict[str, Any] | None = None
     result: MergeResult | None = None
+    push: Push | None = None
 
     @property
     def ended(self) -> bool:

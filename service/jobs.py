@@ -91,6 +91,7 @@ class Jobs:
                 remedy="Only merges that failed or were cancelled can be repeated",
             )
         same = old.model_dump(include={"name", "priority", "digest", "memory_bytes"})
+        same["push"] = old.push.again() if old.push else None
         return self.create(tenant, Recipe.load(old.recipe), retry_of=old.id, **same, **more)
 
     def entered(self, tenant: str, merge_id: str) -> bool:

@@ -38,7 +38,7 @@ def decode(fields: Mapping[Any, Any]) -> MergeRecord:
     data["progress"] = float(found.get("progress", "0"))
     data["attempts"] = int(found.get("attempts", "0"))
     data["memory_bytes"] = int(found.get("memory_bytes", "0"))
-    for key in ("error", "result"):
+    for key in ("error", "result", "push"):
         if key in found:
             data[key] = json.loads(found[key])
     return MergeRecord.model_validate(data)
@@ -47,7 +47,9 @@ def decode(fields: Mapping[Any, Any]) -> MergeRecord:
 def encode(record: MergeRecord) -> dict[Any, Any]:
     """The hash of a queued record. ``doc`` never changes; the other fields are what transitions change."""
     fixed = record.model_dump(mode="json", include=set(_FIXED), exclude_none=True)
+    push = {"push": record.push.model_dump_json()} if record.push else {}
     return {
+        **push,
         "id": record.id,
         "score": millis(record.created_at),
         "doc": json.dumps(fixed),

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import ByteSize, Field, ValidationError, field_validator, model_validator
+from pydantic import ByteSize, Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from merging.errors import InputError
@@ -52,10 +52,22 @@ class Settings(BaseSettings):
     """Keep a process ready that has loaded torch, so that a merge need not wait for it."""
     max_upload_bytes: int = Field(default=16 * GIB, gt=0)
     max_tenant_bytes: int = Field(default=1024 * GIB, gt=0)
+    upload_seconds: int = Field(default=24 * 3600, gt=0)
+    """So long an upload in parts may take; after that its parts are removed."""
+    min_free_bytes: int = Field(default=2 * GIB, ge=0)
+    """What uploads leave free on the disk of a storage folder."""
+    results_days: float = Field(default=0, ge=0)
+    """Merges are deleted so many days after their end, with their results; 0: never."""
+    collect_hours: float = Field(default=24, ge=0)
+    """So often workers remove what nothing refers to; 0: never."""
     reads_per_minute: int = Field(default=6000, ge=0)
     writes_per_minute: int = Field(default=1200, ge=0)
     """Of each tenant of a service with keys; 0: no limit."""
     public_url: str | None = None
+    hf_endpoints: str = "https://huggingface.co"
+    """Comma-separated: the hubs that merges may import from and push to; the first is the default."""
+    hf_token: SecretStr | None = Field(default=None, exclude=True)
+    """For the first of these hubs only. It passes to workers in their environment, and nowhere else."""
 
     @field_validator("data_dir")
     @classmethod
@@ -78,6 +90,17 @@ class Settings(BaseSettings):
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
             raise ValueError("must look like https://host[:port][/prefix]")
         return value.rstrip("/")
+
+    @field_validator("hf_endpoints")
+    @classmethod
+    def _hubs(cls, value: str) -> str:
+        endpoints = [item.strip().rstrip("/") for item in value.split(",") if item.strip()]
+        for item in endpoints:
+            parts = urlsplit(item)
+            plain = not (parts.query or parts.fragment or parts.username or parts.password)
+            if parts.scheme not in ("http", "https") or not parts.hostname or not plain:
+                raise ValueError(f"{item!r} does not look like https://host[:port][/prefix]")
+        return ",".join(endpoints)
 
     @model_validator(mode="before")
     @classmethod
@@ -107,6 +130,11 @@ class Settings(BaseSettings):
             region=self.s3_region,
             path_style=None if self.s3_path_style else "false",
         )
+
+    @property
+    def hf_endpoint_list(self) -> tuple[str, ...]:
+        """The hubs that may be reached, the default first."""
+        return tuple(item for item in self.hf_endpoints.split(",") if item)
 
     @property
     def scratch_dir(self) -> Path:

@@ -2,26 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from merging.errors import InputError
-from merging.recipe import Recipe, TakeFrom
+from merging.recipe import Recipe
 from service.documents import MergeRecord, result_key
 from service.errors import NotFound
 from service.jobs import Jobs
 from service.names import RESULTS, Reference, parse_reference
 from service.registry import NO_WEIGHTS, Registry
+from service.remote.imports import Imported, bring, renamed
+from service.remote.references import Hubs, is_remote
 from service.storage import Storage
 
 
 class Sources:
     """What a recipe may name: revisions of the registry, and results of merges as ``merges/<id>``."""
 
-    def __init__(self, registry: Registry, jobs: Jobs, storage: Storage) -> None:
+    def __init__(
+        self,
+        registry: Registry,
+        jobs: Jobs,
+        storage: Storage,
+        hubs: Hubs = Hubs(()),  # noqa: B008 (immutable)
+        *,
+        import_limit: int = 0,
+    ) -> None:
         self._registry = registry
         self._jobs = jobs
         self._storage = storage
+        self._hubs = hubs
+        self._import_limit = import_limit
 
     def pin(self, tenant: str, recipe: Recipe) -> Recipe:
         """The recipe with every model reference made exact, so that later commits do not change it.
@@ -33,21 +46,19 @@ class Sources:
         for index, entry in enumerate(recipe.models):
             if entry.model not in pinned:
                 pinned[entry.model] = self._pin(tenant, entry.model, f"models[{index}].model")
-        models = tuple(entry.model_copy(update={"model": pinned[entry.model]}) for entry in recipe.models)
-        update: dict[str, object] = {"models": models}
-        saved = recipe.modules_to_save
-        if isinstance(saved, TakeFrom) and saved.take in pinned:
-            update["modules_to_save"] = TakeFrom(take=pinned[saved.take])
-        return recipe.model_copy(update=update)
+        return renamed(recipe, pinned)
 
     def _pin(self, tenant: str, text: str, field: str) -> str:
         where = {"field": field, "model": text}
+        if is_remote(text):  # its commit is looked up by the worker
+            return str(self._hubs.find(text, field=field))
         reference = parse_reference(text)
         if reference is None:
             raise InputError(
                 "model_reference_invalid",
                 f"{field}: {text!r} is not a model of this service",
-                remedy="Upload it and name it ns/name[@revision]; local paths are for `merganser merge`",
+                remedy="Upload it and name it ns/name[@revision], or name hf://org/name; local paths are for "
+                "`merganser merge`",
                 where=where,
             )
         try:
@@ -66,12 +77,19 @@ class Sources:
             )
         return f"{manifest.model}@{manifest.revision}"
 
-    def place(self, tenant: str, recipe: Recipe, folder: Path) -> Callable[[str], Path]:
+    def bring(self, recipe: Recipe, folder: Path, tick: Callable[[str], None]) -> Imported:
+        """Download what lies on other hubs; for workers, never for requests. See :func:`imports.bring`."""
+        return bring(recipe, self._hubs, folder, limit=self._import_limit, tick=tick)
+
+    def place(
+        self, tenant: str, recipe: Recipe, folder: Path, imported: Mapping[str, Path] = MappingProxyType({})
+    ) -> Callable[[str], Path]:
         """Bring the inputs of a recipe into ``folder``; returns the function that finds each of them.
 
-        The files are read-only. Raises ``model_not_found`` for an input that is gone.
+        The files are read-only. What was imported is where it is. Raises ``model_not_found`` for an input
+        that is gone.
         """
-        placed: dict[str, Path] = {}
+        placed: dict[str, Path] = dict(imported)
         for entry in recipe.models:
             if entry.model in placed:
                 continue

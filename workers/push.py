@@ -1,4 +1,4 @@
-"""The job that pushes a result to another hub. It may run any number of times; the result is never touched."""
+"""The job that pushes a result to another hub. It may run any number of times, and never harms the result."""
 
 from __future__ import annotations
 

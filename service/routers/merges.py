@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Body, Header, Path, Query, Request, Response, status
 from fastapi.concurrency import run_in_threadpool
 
-from merging.errors import MergeError
+from merging.errors import InputError, MergeError
 from merging.recipe import Recipe
 from service import outlook
 from service.content import send
@@ -18,6 +18,7 @@ from service.gates import BODY_LIMIT
 from service.names import MERGE_ID_PATTERN
 from service.records import new_id, new_record
 from service.registry import hide_folder
+from service.remote.imports import remote_models
 from service.results import job_digest, reuse
 from service.schemas.merges import Merge, MergePage, MergeRequest, MergeSummary
 from service.schemas.models import StoredFile
@@ -34,7 +35,15 @@ RecipeBody = Annotated[dict[str, Any], Body(description="A recipe")]
 @router.post("/plan", max_body_size=BODY_LIMIT)
 def plan_merge(services: ServicesDep, tenant: ReaderDep, body: RecipeBody) -> dict[str, Any]:
     """Check a recipe and estimate the work, without a job. No tensor is read beyond the headers."""
-    return _plan(services, tenant, MergeRequest.read(body).recipe())[1]
+    _, found = _plan(services, tenant, MergeRequest.read(body).recipe())
+    if found is None:
+        raise InputError(
+            "hub_model_not_here",
+            "a recipe with models of other hubs cannot be planned before they are here",
+            remedy="Request the merge, or plan it with `merganser plan` on your machine",
+            where={"field": "models"},
+        )
+    return found
 
 
 @router.post("", status_code=status.HTTP_202_ACCEPTED, max_body_size=BODY_LIMIT)
@@ -177,11 +186,15 @@ def get_task_file(
 
 def _create(services: Services, tenant: str, asked: MergeRequest, *, fresh: bool, **more: Any) -> None:
     """Enter a merge: ended already, when its job was done before, or else queued."""
+    push = asked.push_to.resolved(services.hubs) if asked.push_to else None
     recipe, found = _plan(services, tenant, asked.recipe())
-    more.update(digest=job_digest(recipe), memory_bytes=int(found["estimate"]["memory_bytes"]))
-    record = new_record(tenant, recipe, name=asked.name, priority=asked.priority, **more)
-    if fresh or reuse(services.jobs, services.storage, record) is None:
+    if found is not None:  # what lies on other hubs is unknown, so such a job is never the same
+        more.update(digest=job_digest(recipe), memory_bytes=int(found["estimate"]["memory_bytes"]))
+    record = new_record(tenant, recipe, name=asked.name, priority=asked.priority, push=push, **more)
+    if fresh or record.digest is None or reuse(services.jobs, services.storage, record) is None:
         services.jobs.submit(record)
+    else:
+        services.pushes.start_waiting(tenant, record.id)
 
 
 async def _accepted(
@@ -208,12 +221,14 @@ def _shown(services: Services, record: MergeRecord) -> Merge:
     return Merge.of(record, position, outlook.eta(services.redis, record, position))
 
 
-def _plan(services: Services, tenant: str, recipe: Recipe) -> tuple[Recipe, dict[str, Any]]:
-    """The recipe with pinned models, and its plan."""
+def _plan(services: Services, tenant: str, recipe: Recipe) -> tuple[Recipe, dict[str, Any] | None]:
+    """The recipe with pinned models, and its plan, or None when some of them lie on other hubs."""
     from merging import catalog, plan
 
     catalog.resolve(recipe)  # the cheap checks come before any file is touched
     pinned = services.sources.pin(tenant, recipe)
+    if remote_models(pinned):
+        return pinned, None
     with scratch(services.settings.scratch_dir) as folder:
         try:
             found = plan(pinned, resolve=services.sources.place(tenant, pinned, folder))

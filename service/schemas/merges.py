@@ -7,7 +7,8 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from merging.recipe import Recipe
-from service.documents import MergeRecord, MergeState, Priority
+from service.documents import MergeRecord, MergeState, Priority, Push, PushState
+from service.remote.references import Hubs, check_target
 from service.schemas.models import StoredFile
 from service.schemas.problem import Problem
 from service.sizes import size_for
@@ -17,10 +18,41 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
+class PushTo(_Strict):
+    """A repository of another hub. It is made if it does not exist."""
+
+    repo: str = Field(max_length=96, description="`org/name`")
+    revision: str | None = Field(default=None, max_length=128, description="branch; default `main`")
+    private: bool = Field(default=True, description="if it is made: whether only its owner sees it")
+    endpoint: str | None = Field(
+        default=None, max_length=200, description="one of the hubs this service may reach; default the first"
+    )
+
+    def resolved(self, hubs: Hubs) -> Push:
+        """The push that is asked for. Raises ``hub_reference_invalid``, ``hub_endpoint_not_allowed``."""
+        check_target(self.repo, self.revision)
+        endpoint = hubs.endpoint(self.endpoint, field="push_to.endpoint")
+        return Push(repo=self.repo, revision=self.revision, private=self.private, endpoint=endpoint)
+
+
+class PushStatus(_Strict):
+    """How far a push is. A failed one leaves the result as it is, and can be asked for again."""
+
+    repo: str
+    revision: str | None
+    private: bool
+    endpoint: str
+    state: PushState
+    commit: str | None
+    error: Problem | None
+    finished_at: str | None
+
+
 class MergeRequest(Recipe):
     """A recipe, whose models are `ns/name[@revision]` or `merges/<id>`, and how to call the merge."""
 
     name: str | None = Field(default=None, min_length=1, max_length=200)
+    push_to: PushTo | None = Field(default=None, description="where the result is pushed when it is there")
     priority: Priority = Field(default="normal", description="queued merges of a higher one start first")
 
     @classmethod
@@ -52,6 +84,7 @@ class Outcome(_Strict):
     seconds: float = Field(description="wall time of the merge itself")
     files: list[StoredFile]
     summary: dict[str, Any] = Field(description="the global part of the report")
+    imports: dict[str, str] = Field(description="the commits that `hf://` references meant")
 
 
 class MergeSummary(_Strict):
@@ -85,6 +118,7 @@ class Merge(MergeSummary):
 
     recipe: dict[str, Any] = Field(description="as it runs: every model with its revision")
     result: Outcome | None
+    push: PushStatus | None
     memory_class: int = Field(description="GB of memory of the workers that may run it")
     queue_position: int | None = Field(description="while it is queued: how many start before it")
     eta_seconds: float | None = Field(description="a guess at the time to its end")
@@ -99,7 +133,9 @@ class Merge(MergeSummary):
                 "model": f"merges/{record.id}",
                 **result.model_dump(mode="json", exclude={"attempt"}),
             }
-        more = {"recipe": record.recipe, "result": outcome, "queue_position": position, "eta_seconds": eta}
+        push = record.push.model_dump(mode="json") if record.push else None
+        more: dict[str, Any] = {"recipe": record.recipe, "result": outcome, "push": push}
+        more |= {"queue_position": position, "eta_seconds": eta}
         size = size_for(record.memory_bytes)
         return cls.model_validate({**_common(record), **more, "memory_class": size})
 

@@ -1,0 +1,1 @@
+"""Other hubs: what recipes import from them, and what results are pushed to."""
