@@ -14,7 +14,7 @@ from torch import Tensor
 from merging.errors import MergeFailure
 from merging.mergekit import sce, slerp, sparsify
 from merging.mergekit.cuts import keep_band, keep_largest
-from merging.mergekit.entries import DeltaMagnitudes, Entries, Rows
+from merging.mergekit.entries import DeltaMagnitudes, Entries, Rows, added, votes
 from merging.mergekit.methods import MergekitMethod
 from merging.mergekit.schedule import Output
 from merging.mergekit.sparsify import Sparsifier
@@ -128,7 +128,7 @@ def _family(work: Work, entries: Entries, merged: Tensor) -> None:
         if work.method.election:
             mixed = _elected(y, weights, normalize=shared["normalize"])
         else:
-            mixed = y.sum(0)
+            mixed = added(y).to(dtype)
             if shared["normalize"]:
                 mixed.div_(total)
         if shared["lambda"] != 1.0:
@@ -137,13 +137,16 @@ def _family(work: Work, entries: Entries, merged: Tensor) -> None:
 
 
 def _elected(y: Tensor, weights: Tensor, *, normalize: bool) -> Tensor:
-    positive = y.sum(0).ge_(0.0)
-    agree = torch.where(positive.bool(), y > 0, y < 0).to(y.dtype)
-    mixed = (y * agree).sum(0)
+    """``y`` is used up. Signs are turned so that what agrees is positive, which rounds the same."""
+    dtype = y.dtype
+    y = y.float() if dtype.itemsize == 2 else y
+    sign = votes(added(y))
+    agreeing = y.mul_(sign).clamp_min_(0.0)
+    mixed = added(agreeing).mul_(sign).to(dtype)
     if not normalize:
         return mixed
-    divisor = agree.mul_(weights).sum(0)
-    return mixed.div_(divisor.masked_fill_(divisor == 0, 1))
+    divisor = added(agreeing.gt_(0.0).mul_(weights.to(y.dtype))).to(dtype)
+    return mixed.div_(divisor.add_(divisor.clone().eq_(0.0)))
 
 
 def prepared(work: Work, entries: Entries) -> dict[int, Sparsifier]:

@@ -30,7 +30,7 @@ class Magnitudes(Protocol):
         ...
 
     def sample(self, size: int) -> np.ndarray:
-        """About so many entries from all over, as an array of its own."""
+        """About so many entries from all over, in runs of neighbours ``(runs, length)``."""
         ...
 
 
@@ -111,8 +111,8 @@ def largest(of: Sequence[Magnitudes], ranks: Sequence[Sequence[int]]) -> list[li
     searches = []
     for one, wanted in zip(of, ranks, strict=True):
         sample = one.sample(SAMPLE)
-        sample.sort()
-        searches.append([_bracketed(sample, one.entries, rank) for rank in wanted])
+        order = np.sort(sample, axis=None)
+        searches.append([_bracketed(sample, order, one.entries, rank) for rank in wanted])
     for blocks in zip(*(one.blocks() for one in of), strict=True):
         for (start, bits), several in zip(blocks, searches, strict=True):
             for search in several:
@@ -171,13 +171,18 @@ def _nth(bits: np.ndarray, value: int, count: int) -> int:
     return int(np.flatnonzero(bits == value)[count - 1]) + 1
 
 
-def _bracketed(sample: np.ndarray, entries: int, rank: int) -> _Search:
-    share = rank / entries
-    margin = SIGMAS * float(np.sqrt(max(share * (1.0 - share), 1.0 / sample.size) / sample.size))
-    low = int((1.0 - share - margin) * sample.size) - 1
-    high = int((1.0 - share + margin) * sample.size) + 1
-    least = int(sample[low]) if low >= 0 else 0
-    most = int(sample[high]) if high < sample.size else int(np.iinfo(sample.dtype).max) - 1
+def _bracketed(sample: np.ndarray, order: np.ndarray, entries: int, rank: int) -> _Search:
+    """The margin comes from how much the runs of the sample differ from each other."""
+    share, size = rank / entries, order.size
+    variance = max(share * (1.0 - share), 1.0 / size) / size
+    if len(sample) > 1:
+        guess = order[min(size - 1, int((1.0 - share) * size))]
+        variance += float((sample >= guess).mean(axis=1).var()) / len(sample)
+    margin = SIGMAS * variance**0.5
+    low = int((1.0 - share - margin) * size) - 1
+    high = int((1.0 - share + margin) * size) + 1
+    least = int(order[low]) if low >= 0 else 0
+    most = int(order[high]) if high < size else int(np.iinfo(order.dtype).max) - 1
     return _Search(rank, least, most)
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from merging.mergekit.cuts import Cut, keep_largest
-from merging.mergekit.entries import BLOCK, Entries, from_bits, magnitude_bits
+from merging.mergekit.entries import BLOCK, Entries, added, bit_type, from_bits, magnitude_bits, votes
 
 FLOOR = 1e-6
 
@@ -35,10 +35,11 @@ def merge(entries: Entries, base: int, deltas: Sequence[int], topk: float, merge
 
     shares = _shares(entries, kept()).unsqueeze(1)
     for start, stop, x in kept():
-        positive = x.sum(0).ge_(0.0).bool()
-        weights = torch.where(positive, x > 0, x < 0) * shares
-        found = x.mul_(weights).sum(0)
-        found.div_(weights.sum(0).clamp_(min=FLOOR))
+        sign = votes(added(x)).to(x.dtype)
+        agreeing = x.mul_(sign).clamp_min_(0.0)
+        divisor = added(agreeing.gt(0.0).to(x.dtype).mul_(shares)).to(x.dtype)
+        found = added(agreeing.mul_(shares)).to(x.dtype).mul_(sign)
+        found.div_(divisor.clamp_min_(FLOOR))
         merged[start:stop] = found.add_(entries.rows(base, start, stop))
 
 
@@ -82,7 +83,7 @@ class _Variances:
 
     def sample(self, size: int) -> np.ndarray:
         step = max(1, self.entries // size) | 1
-        return magnitude_bits(self.values[::step].clone())
+        return magnitude_bits(self.values[::step].clone())[None]
 
 
 class _Selected:
@@ -91,23 +92,23 @@ class _Selected:
     def __init__(self, entries: Entries, base: int, deltas: Sequence[int], topk: float) -> None:
         self._values = torch.empty(entries.size, dtype=entries.dtype)
         work = torch.float32 if entries.dtype.itemsize == 2 else torch.float64
-        nonzero = 0
+        nonzero, bits = 0, torch.from_numpy(np.empty(0, bit_type(self._values))).dtype
         for start, stop in entries.spans():
             x = _stacked(entries, base, deltas, start, stop).to(work)
-            x.sub_(x.mean(0, keepdim=True))
-            block = x.square_().mean(0).to(entries.dtype)
-            nonzero += int(torch.count_nonzero(block))
+            x.sub_(added(x).div_(len(deltas)))
+            block = added(x.square_()).div_(len(deltas)).to(entries.dtype)
+            nonzero += int(np.count_nonzero(block.view(bits).numpy()))
             self._values[start:stop] = block
         count = int(nonzero * topk) if topk > 0.0 else 0
         self._cut: Cut | None = keep_largest([_Variances(self._values)], [count])[0] if count else None
         self._limit = from_bits(self._cut.value, entries.dtype) if self._cut else torch.inf
 
     def mask(self, start: int, stop: int) -> Tensor:
-        """True where the entry stays."""
-        values = self._values[start:stop]
+        """Ones where the entry stays."""
+        mask = self._values[start:stop].clone()
         if self._cut is None:
-            return torch.zeros_like(values, dtype=torch.bool)
+            return mask.zero_()
         middle = min(max(self._cut.position - start, 0), stop - start)
-        mask = values.gt(self._limit)
-        mask[:middle] = values[:middle].ge(self._limit)
+        mask[middle:].gt_(self._limit)
+        mask[:middle].ge_(self._limit)
         return mask

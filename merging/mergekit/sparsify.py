@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from merging.mergekit.cuts import Cut
-from merging.mergekit.entries import Entries, from_bits
+from merging.mergekit.entries import Entries, bit_type, from_bits, zero_where
 from merging.rules import task_bits
 
 FLOOR = 1e-7
@@ -73,13 +73,13 @@ class Band(Sparsifier):
         self._least, self._most = from_bits(low.value, dtype), from_bits(high.value, dtype)
 
     def cut(self, x: Tensor, start: int) -> Tensor:
-        size = x.abs()
-        for part, within in _sides(size, start, self._low):
-            keep = part.gt(self._least) if within else part.ge(self._least)
-            part.masked_fill_(keep.logical_not_(), torch.inf)
-        for part, within in _sides(size, start, self._high):
-            part.copy_(part.le(self._most) if within else part.lt(self._most))
-        return x.mul_(size)
+        for part, within in _sides(x, start, self._low):
+            size = part.abs()
+            part.mul_(size.gt_(self._least) if within else size.ge_(self._least))
+        for part, within in _sides(x, start, self._high):
+            size = part.abs()
+            part.mul_(size.le_(self._most) if within else size.lt_(self._most))
+        return x
 
 
 class Random(Sparsifier):
@@ -96,7 +96,9 @@ class Random(Sparsifier):
             self._bits = task_bits(*self._key)
         size = x.numel()
         drawn = self._bits.random_raw((size + 1) // 2).view(np.uint32)[:size]
-        return x.mul_(torch.from_numpy(drawn < self._limit))
+        keep = np.empty(size, bit_type(x))
+        np.less(drawn, self._limit, out=keep, casting="unsafe")
+        return zero_where(x, keep)
 
 
 class RankedRandom(Sparsifier):
@@ -111,7 +113,7 @@ class RankedRandom(Sparsifier):
     ) -> None:
         super().__init__(_work(dtype))
         self._width = width
-        self._limits = limits(self._chances(density, epsilon))
+        self._limits = torch.from_numpy(limits(self._chances(density, epsilon)).view(np.int32))
         self._bits = task_bits(*key)
         self._kept: dict[int, np.ndarray] = {}
 
@@ -125,17 +127,17 @@ class RankedRandom(Sparsifier):
         if start not in self._kept:
             self._kept[start] = np.packbits(self._draw(x))
         keep = np.unpackbits(self._kept[start], count=x.numel())
-        return x.mul_(torch.from_numpy(keep))
+        return zero_where(x, keep.astype(bit_type(x)))
 
     def _draw(self, x: Tensor) -> np.ndarray:
         rows = x.view(-1, self._width)
         drawn = self._bits.random_raw((x.numel() + 1) // 2).view(np.uint32)[: x.numel()]
-        limit = np.empty(rows.shape, np.uint32)
-        np.put_along_axis(limit, row_order(rows), self._limits[None], axis=1)
-        return drawn < limit.reshape(-1)
+        limit = torch.empty(rows.shape, dtype=torch.int32)
+        limit.scatter_(1, row_order(rows), self._limits.expand(rows.shape))
+        return drawn < limit.view(-1).numpy().view(np.uint32)
 
 
-def row_order(rows: Tensor) -> np.ndarray:
+def row_order(rows: Tensor) -> Tensor:
     """Columns of each row by ascending magnitude, equal ones by column."""
     width = rows.shape[1]
     if rows.element_size() == 2 and width <= 1 << 16:
@@ -144,8 +146,9 @@ def row_order(rows: Tensor) -> np.ndarray:
         keys <<= 16
         keys |= np.arange(width, dtype=np.uint32)
         keys.sort(axis=1)
-        return (keys & 0xFFFF).astype(np.int64)
-    return rows.abs().sort(dim=1, stable=True).indices.numpy()
+        keys &= 0xFFFF
+        return torch.from_numpy(keys.view(np.int32)).long()
+    return rows.abs().sort(dim=1, stable=True).indices
 
 
 def match_l1(entries: Entries, base: int, sparsifiers: Mapping[int, Sparsifier]) -> None:
