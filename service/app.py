@@ -13,7 +13,7 @@ from service.deps import Services
 from service.gates import BODY_LIMIT, HostGate, LengthGate
 from service.hub import router as hub
 from service.hub import writing as hub_writing
-from service.routers import events, health, keys, merges, methods, metrics, models, pushes
+from service.routers import events, health, keys, merges, methods, metrics, models, pushes, uploads
 from service.settings import Settings
 from service.telemetry import RequestCounts, Telemetry
 
@@ -44,7 +44,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_middleware(LengthGate, limit=BODY_LIMIT)
     if settings.auth == "off":
         app.add_middleware(HostGate, settings=settings)
-    for module in (models, merges, pushes, events, methods, keys, metrics, health, hub, hub_writing):
+    for module in (models, uploads, merges, pushes, events, methods, keys, metrics, health, hub, hub_writing):
         app.include_router(module.router)
     app.state.counts = RequestCounts()
     app.add_middleware(Telemetry, counts=app.state.counts)  # the last one added is the outermost

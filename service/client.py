@@ -22,6 +22,7 @@ from urllib.parse import quote
 import httpx
 
 from merging.errors import InputError, MergeError, MergeFailure
+from service.client_uploads import PARTS_ABOVE, PartsNotSent, send_in_parts
 from service.names import RESULTS, check_path, parse_reference
 
 CHUNK = 1 << 20
@@ -35,9 +36,13 @@ OnEvent = Callable[[str, dict[str, Any]], None]
 class Client:
     """A connection to one service. Use it as a context manager."""
 
-    def __init__(self, url: str, *, key: str | None = None, timeout: float = 60.0) -> None:
+    def __init__(
+        self, url: str, *, key: str | None = None, timeout: float = 60.0, parts_above: int = PARTS_ABOVE
+    ) -> None:
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._http = httpx.Client(base_url=url.rstrip("/"), headers=headers, timeout=timeout, trust_env=False)
+        self._bare = httpx.Client(timeout=timeout, trust_env=False)  # for signed URLs
+        self._parts_above = parts_above
 
     def __enter__(self) -> Client:
         return self
@@ -45,6 +50,7 @@ class Client:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._bare.close()
         self._http.close()
 
     # models
@@ -53,7 +59,7 @@ class Client:
         """Upload the files of ``folder`` as a revision of ``ns/name``; the revision.
 
         Hidden files and those that the service does not take, such as a trainer's pickles beside the
-        safetensors, are left out.
+        safetensors, are left out. Big files are sent in parts: what arrived before a break is not sent again.
         """
         folder = Path(folder)
         path = _model_path(model)
@@ -61,6 +67,9 @@ class Client:
             raise InputError("not_a_folder", f"{folder} is not a folder", where={"file": str(folder)})
         for file in _uploadable(folder):
             name = file.relative_to(folder).as_posix()
+            if file.stat().st_size > self._parts_above:
+                self._push_parts(file, model, name)
+                continue
             self._call(
                 "PUT",
                 f"{path}/files/{quote(name)}",
@@ -72,6 +81,23 @@ class Client:
                 },
             )
         return self._object("POST", f"{path}/commit")
+
+    def _push_parts(self, file: Path, model: str, name: str) -> None:
+        announcement = {
+            "model": model,
+            "path": name,
+            "size": file.stat().st_size,
+            "sha256": base64.b64decode(_digest(file)).hex(),
+        }
+        try:
+            send_in_parts(self._call, self._bare, file, announcement)
+        except PartsNotSent as error:
+            raise _Unavailable(
+                "upload_interrupted",
+                f"{name} was not sent to its end: {error}",
+                remedy="Push it again: what has arrived is not sent twice",
+                where={"file": name},
+            ) from error
 
     def pull(self, reference: str, out: str | Path) -> dict[str, Any]:
         """Download ``ns/name[@revision]``, or the result of a merge by its id, into a new folder."""

@@ -24,8 +24,10 @@ from service.quota import Quota
 from service.registry import Registry
 from service.remote.references import Hubs
 from service.settings import Settings
+from service.signing import Signer
 from service.sources import Sources
 from service.storage import Storage
+from service.uploads import Uploads
 
 
 @dataclass
@@ -46,19 +48,21 @@ class Services:
     idempotency: Idempotency
     limits: Limits
     fanout: Fanout
+    signer: Signer
+    uploads: Uploads
     closing: asyncio.Event
 
     @classmethod
     def open(cls, settings: Settings) -> Services:
         """Connect everything. Nothing is read or written yet."""
         connection = connect(settings)
-        storage = Storage.open(settings.storage_location)
+        storage = Storage.open(settings.storage_location, keep_free=settings.min_free_bytes)
         jobs = Jobs(connection, storage)
         registry = Registry(storage, connection, settings.scratch_dir)
         hubs = Hubs.of(settings)
         sources = Sources(registry, jobs, storage, hubs, import_limit=settings.max_upload_bytes)
         events = connect_async(settings)
-        quota = Quota(events, settings.max_tenant_bytes)
+        quota = Quota(events, settings.max_tenant_bytes, storage)
         keys = Keys(storage)
         closing = asyncio.Event()
         return cls(
@@ -76,6 +80,16 @@ class Services:
             idempotency=Idempotency(events),
             limits=Limits(events, read=settings.reads_per_minute, write=settings.writes_per_minute),
             fanout=Fanout(events, closing),
+            signer=Signer(connection),
+            uploads=Uploads(
+                storage,
+                connection,
+                events,
+                registry,
+                tenant_limit=settings.max_tenant_bytes,
+                file_limit=settings.max_upload_bytes,
+                seconds=settings.upload_seconds,
+            ),
             closing=closing,
         )
 
@@ -93,7 +107,7 @@ def services(request: Request) -> Services:
 
 
 ServicesDep = Annotated[Services, Depends(services)]
-_bearer = HTTPBearer(
+bearer = HTTPBearer(
     auto_error=False, scheme_name="key", description="A key of `merganser keys create`: `mk_...`"
 )
 
@@ -101,7 +115,7 @@ _bearer = HTTPBearer(
 async def principal(
     request: Request,
     services: ServicesDep,
-    given: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)],
+    given: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)],
 ) -> Principal:
     """Who sent the request. Raises ``key_missing``, ``key_invalid``, ``rate_limited``."""
     if services.settings.auth == "off":

@@ -27,6 +27,12 @@ class Conflict(ServiceError):
     status = 409
 
 
+class Gone(ServiceError):
+    """The thing named by the request existed once."""
+
+    status = 410
+
+
 class Unauthorized(ServiceError):
     """The request needs a key, or another one."""
 

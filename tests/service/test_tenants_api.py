@@ -51,6 +51,9 @@ def things(guarded: Guarded, tmp_path_factory: pytest.TempPathFactory) -> dict[s
         name = push(client, folder, "mine/a")
         merge = client.submit({"merge_method": "linear", "models": [{"model": name}]})
         assert client.wait(merge["id"])["state"] == "succeeded"
+    announced = {"model": "mine/a", "path": "b.json", "size": 2, "sha256": "0" * 64}
+    with guarded.http(guarded.token("owner")) as http:
+        upload = http.post("/v1/uploads", json=announced).json()
     return {
         "ns": "mine",
         "name": "a",
@@ -58,6 +61,8 @@ def things(guarded: Guarded, tmp_path_factory: pytest.TempPathFactory) -> dict[s
         "path": "adapter_config.json",
         "task": "a",
         "merge_id": merge["id"],
+        "upload_id": upload["id"],
+        "number": "1",
         "key_id": guarded.keys.create("owner", ["read"])[1].id,
     }
 
@@ -107,7 +112,7 @@ def test_nothing_without_a_key(
 
 @pytest.mark.parametrize(
     ("method", "path"),
-    [item for item in OPERATIONS if "merge_id" in item[1] or "{name}" in item[1] or "key_id" in item[1]],
+    [item for item in OPERATIONS if "_id}" in item[1] or "{name}" in item[1]],
 )
 def test_the_things_of_another_tenant_do_not_exist(
     guarded: Guarded, things: dict[str, str], method: str, path: str
@@ -116,7 +121,7 @@ def test_the_things_of_another_tenant_do_not_exist(
         if path == "/v1/methods/{name}":
             assert http.get("/v1/methods/ties").status_code == 200
             return
-        if method == "PUT":  # makes a thing of one's own under the same name
+        if method == "PUT" and "upload_id" not in path:  # makes a thing of one's own under the same name
             assert http.put(filled(path, things), content=b"{}").status_code == 201
             return
         answer = http.request(method, filled(path, things))
@@ -124,6 +129,22 @@ def test_the_things_of_another_tenant_do_not_exist(
         assert answer.json()["code"] in ("nothing_to_commit", "adapter_weights_missing")
         return
     assert answer.status_code == 404, answer.text
+
+
+def test_a_signed_url_is_of_one_tenant_and_needs_no_key(guarded: Guarded, things: dict[str, str]) -> None:
+    with guarded.http(guarded.token("owner")) as http:
+        session = http.get(f"/v1/uploads/{things['upload_id']}").json()
+    url = session["actions"]["upload"]["header"]["00001"]
+    with guarded.http(None) as http:
+        assert http.put(url, content=b"{}").status_code == 200
+        for changed in (
+            url.replace("tenant=owner", "tenant=stranger"),
+            url.replace("signature=", "signature=0"),
+        ):
+            assert http.put(changed, content=b"{}").status_code in (403, 422)
+        assert http.get(url.partition("/parts")[0] + "?" + url.partition("?")[2]).status_code == 401
+    with guarded.http(guarded.token("owner", "read")) as http:
+        assert http.put(url.partition("?")[0], content=b"{}").json()["code"] == "scope_missing"
 
 
 def test_lists_hold_the_own_things_only(guarded: Guarded, things: dict[str, str]) -> None:
