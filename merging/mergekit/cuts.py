@@ -92,7 +92,11 @@ class _Search:
         held = np.concatenate(self.inside)
         if left > held.size:
             return None
-        value = int(np.partition(held, held.size - left)[held.size - left])
+        if held.itemsize == 2:
+            reached = np.cumsum(np.bincount(held - self.low)[::-1])
+            value = self.low + reached.size - 1 - int(np.argmax(reached >= left))
+        else:
+            value = int(np.partition(held, held.size - left)[held.size - left])
         return Rank(value, self.above + int((held > value).sum()), int((held == value).sum()))
 
 
@@ -111,7 +115,7 @@ def largest(of: Sequence[Magnitudes], ranks: Sequence[Sequence[int]]) -> list[li
     searches = []
     for one, wanted in zip(of, ranks, strict=True):
         sample = one.sample(SAMPLE)
-        order = np.sort(sample, axis=None)
+        order = np.sort(sample, axis=None, kind="stable")  # by radix where there are 16 bits
         searches.append([_bracketed(sample, order, one.entries, rank) for rank in wanted])
     for blocks in zip(*(one.blocks() for one in of), strict=True):
         for (start, bits), several in zip(blocks, searches, strict=True):

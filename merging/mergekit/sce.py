@@ -37,7 +37,7 @@ def merge(entries: Entries, base: int, deltas: Sequence[int], topk: float, merge
     for start, stop, x in kept():
         sign = votes(added(x)).to(x.dtype)
         agreeing = x.mul_(sign).clamp_min_(0.0)
-        divisor = added(agreeing.gt(0.0).to(x.dtype).mul_(shares)).to(x.dtype)
+        divisor = added(agreeing.clone().gt_(0.0).mul_(shares)).to(x.dtype)
         found = added(agreeing.mul_(shares)).to(x.dtype).mul_(sign)
         found.div_(divisor.clamp_min_(FLOOR))
         merged[start:stop] = found.add_(entries.rows(base, start, stop))
