@@ -9,7 +9,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo up test lint format bench openapi docs clean
+.PHONY: help venv demo up test fuzz lint format bench openapi docs clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -24,6 +24,9 @@ up: $(VENV)/.run  ## start API, Redis, storage and one worker on this machine
 
 test: $(VENV)/.dev  ## run the test suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+fuzz: $(VENV)/.dev  ## send the API many made-up requests (FUZZ_EXAMPLES of each operation and phase)
+	FUZZ_EXAMPLES=$${FUZZ_EXAMPLES:-200} $(BIN)/python -m pytest -n0 -s tests/service/test_schemathesis.py
 
 lint: $(VENV)/.dev  ## ruff and mypy --strict
 	$(BIN)/ruff check .

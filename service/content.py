@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import base64
-import mimetypes
 import re
+from pathlib import PurePosixPath
 from urllib.parse import quote
 
 from fastapi import Request, Response
@@ -14,6 +14,15 @@ from service.documents import FileEntry
 from service.errors import BadRequest, RangeNotSatisfiable
 from service.storage import Storage
 
+OTHER_TYPE = "application/octet-stream"
+MEDIA_TYPES = {
+    ".json": "application/json",
+    ".md": "text/markdown",
+    ".txt": "text/plain",
+    ".yaml": "application/yaml",
+    ".yml": "application/yaml",
+}
+"""By suffix, the same on every machine; all else is ``OTHER_TYPE``."""
 _RANGE = re.compile(r"^(\d{0,20})-(\d{0,20})$", re.ASCII)
 _DIGEST = re.compile(r"^\s*sha-256=:([A-Za-z0-9+/=]{44}):\s*$")
 
@@ -38,7 +47,7 @@ def send(request: Request, storage: Storage, key: str, entry: FileEntry) -> Resp
     headers["Repr-Digest"] = f"sha-256=:{base64.b64encode(bytes.fromhex(entry.sha256)).decode()}:"
     if span:
         headers["Content-Range"] = f"bytes {start}-{end - 1}/{entry.size}"
-    media_type = mimetypes.guess_type(entry.path)[0] or "application/octet-stream"
+    media_type = MEDIA_TYPES.get(PurePosixPath(entry.path).suffix.lower(), OTHER_TYPE)
     status = 206 if span else 200
     if request.method == "HEAD":
         return Response(status_code=status, headers=headers, media_type=media_type)

@@ -12,9 +12,11 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from pydantic.json_schema import models_json_schema
 
+from service.content import MEDIA_TYPES, OTHER_TYPE
 from service.problems import MEDIA_TYPE
 from service.schemas.merges import MergeRequest
 from service.schemas.problem import Problem
+from service.signposts import add_examples, add_links
 
 DESCRIPTION = (
     "Upload adapters, ask for a merge, follow it, download the result.\n\n"
@@ -59,6 +61,8 @@ def _describe(app: FastAPI) -> dict[str, Any]:
             operation["responses"].pop("422", None)
             operation["responses"].update({"4XX": failure, "5XX": failure})
             _amend(operation)
+            add_links(operation)
+            add_examples(operation)
     document["components"]["schemas"] = dict(sorted(schemas.items()))
     return document
 
@@ -68,6 +72,8 @@ def _amend(operation: dict[str, Any]) -> None:
     if name in _RECIPE_OPERATIONS:
         body = operation["requestBody"]["content"]["application/json"]
         body["schema"] = {"$ref": _REF.format(model="MergeRequest")}
+    if any(parameter["name"] == "signature" for parameter in operation.get("parameters", [])):
+        operation["security"] = [*operation.get("security", []), {}]  # a signed URL needs no key
     if name in ("create_merge", "retry_merge"):
         text = {"schema": {"type": "string"}}
         responses["202"]["headers"] = {"Location": {"description": "The merge", **text}}
@@ -76,7 +82,8 @@ def _amend(operation: dict[str, Any]) -> None:
         responses["200"] = {**accepted, "description": "It has ended"}
         responses["202"] = {**accepted, "description": "It has not ended yet"}
     if name in ("get_file", "get_result_file", "get_task_file"):
-        content = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
+        content: dict[str, Any] = {name: {"schema": {}} for name in sorted(set(MEDIA_TYPES.values()))}
+        content[OTHER_TYPE] = {"schema": {"type": "string", "format": "binary"}}
         responses["200"] = {"description": "The file", "content": content}
         responses["206"] = {"description": "The range asked for", "content": content}
         responses["304"] = {"description": "Not modified"}

@@ -20,12 +20,13 @@ from service.records import new_id, new_record
 from service.registry import hide_folder
 from service.remote.imports import remote_models
 from service.results import job_digest, reuse
+from service.routers.literal import LiteralFirst
 from service.schemas.merges import Merge, MergePage, MergeRequest, MergeSummary
 from service.schemas.models import StoredFile
 from service.scratch import scratch
 from service.waiting import preferred_wait, until_end
 
-router = APIRouter(prefix="/v1/merges", tags=["merges"])
+router = APIRouter(prefix="/v1/merges", tags=["merges"], route_class=LiteralFirst)
 
 MergeId = Annotated[str, Path(description="Id of the merge", pattern=MERGE_ID_PATTERN)]
 Prefer = Annotated[str | None, Header(description="`wait=N`: answer when it has ended, or after N seconds")]

@@ -35,7 +35,7 @@ _UNLIMITED = 1 << 62
     max_body_size=_UNLIMITED,  # the limit is a setting; it is kept while the body streams
     openapi_extra={
         "requestBody": {
-            "required": True,
+            "required": False,  # no body is an empty file
             "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
         }
     },
