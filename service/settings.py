@@ -54,6 +54,8 @@ class Settings(BaseSettings):
     max_tenant_bytes: int = Field(default=1024 * GIB, gt=0)
     upload_seconds: int = Field(default=24 * 3600, gt=0)
     """So long an upload in parts may take; after that its parts are removed."""
+    direct_uploads: bool = False
+    """Whether clients send parts straight to the bucket, whose address they must then reach."""
     min_free_bytes: int = Field(default=2 * GIB, ge=0)
     """What uploads leave free on the disk of a storage folder."""
     results_days: float = Field(default=0, ge=0)

@@ -151,7 +151,9 @@ def action(request: Request, services: Services, upload: Upload) -> dict[str, ob
         return f"{base}{path}?{query}"
 
     for number in range(1, upload.count + 1):
-        direct = services.storage.presigned("PUT", part_key(upload, number), URL_SECONDS)
+        direct = None
+        if services.settings.direct_uploads:
+            direct = services.storage.presigned("PUT", part_key(upload, number), URL_SECONDS)
         path = f"/v1/uploads/{upload.id}/parts/{number}"
         header[f"{number:05d}"] = direct or signed("PUT", path)
     href = signed("POST", f"/v1/uploads/{upload.id}/complete")

@@ -27,7 +27,7 @@ from service.settings import Settings
 from service.storage import Storage
 from service.uploads import Uploads, expired, part_key
 from tests.running import Up
-from tests.seaweed import Seaweed
+from tests.seaweed import Seaweed, in_bucket
 
 STEP = 1 << 16
 MISSING = "upl_" + "0" * 32
@@ -282,6 +282,20 @@ def uploads(
 
 async def stream(content: bytes) -> AsyncIterator[bytes]:
     yield content
+
+
+def test_parts_can_go_straight_to_the_bucket(seaweed: Seaweed, bare: httpx.Client, tmp_path: Path) -> None:
+    content = text(2 * STEP + 3)
+    with in_bucket(seaweed, seaweed.url()):
+        running = Up(tmp_path / "up", direct_uploads="true")
+    try:
+        session = announce(running.http, "parts/direct", content).json()
+        for number, url in urls(session).items():
+            assert url.startswith(seaweed.endpoint)
+            assert bare.put(url, content=pieces(content)[number]).is_success
+        assert bare.post(session["actions"]["upload"]["href"]).json()["state"] == "complete"
+    finally:
+        running.stop()
 
 
 class TestAnyStorage:
