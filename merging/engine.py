@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from merging import catalog, execute
+from merging.calibration.plane import calibrated
 from merging.compress import RankRule
 from merging.errors import Cancelled, InputError, MergeError, MergeFailure
 from merging.formats.result_dir import ResultDirectory
@@ -57,13 +58,15 @@ def merge(
     progress: ProgressCallback | None = None,
     resolve: Resolve | None = None,
     overwrite: bool = False,
+    checkpoint: Path | None = None,
 ) -> MergeResult:
     """Merge as ``recipe`` says (a :class:`Recipe`, a mapping or a path) and write ``out_dir`` atomically.
 
-    ``device`` is ``auto``, ``cpu`` or ``cuda[:i]``; ``threads`` defaults to the number of cores and never
-    changes the result; ``resolve`` maps model references to local folders; ``progress`` may raise
-    :class:`Cancelled`. Raises :class:`InputError` for bad input and :class:`MergeFailure` if the work
-    fails; then nothing is left at ``out_dir``.
+    ``device`` is ``auto``, ``cpu`` or ``cuda[:i]``; ``threads`` defaults to the number of cores and
+    never changes the result; ``resolve`` maps model references to local folders; ``progress`` may raise
+    :class:`Cancelled`. ``checkpoint`` is a file in which a long adaptation to data keeps its state: the
+    same merge goes on from it, and ends with the same bytes. Raises :class:`InputError` for bad input
+    and :class:`MergeFailure` if the work fails; then nothing is left at ``out_dir``.
     """
     started = time.perf_counter()
     loaded = Recipe.load(recipe)
@@ -74,7 +77,7 @@ def merge(
         with prepare(loaded, resolve=resolve) as prepared, execute.single_threaded():
             try:
                 digest, report, files = _run(
-                    prepared, result.path, device=where, threads=threads, steps=steps
+                    prepared, result.path, device=where, threads=threads, steps=steps, checkpoint=checkpoint
                 )
             except (MemoryError, RuntimeError) as error:
                 if not out_of_memory(error):
@@ -121,13 +124,20 @@ def default_threads() -> int:
 
 
 def _run(
-    prepared: Prepared, folder: Path, *, device: torch.device, threads: int | None, steps: _Steps
+    prepared: Prepared,
+    folder: Path,
+    *,
+    device: torch.device,
+    threads: int | None,
+    steps: _Steps,
+    checkpoint: Path | None,
 ) -> tuple[str, dict[str, Any], dict[str, str]]:
     recipe = prepared.recipe
     digests = tuple(adapter.digest for adapter in prepared.adapters)
     method = prepared.resolved.method
     ordered = method.contract.ordered
-    digest = recipe.digest(dict(zip(prepared.labels, digests, strict=True)), ordered=ordered)
+    named = {} if prepared.inputs is None else prepared.inputs.digests
+    digest = recipe.digest({**named, **dict(zip(prepared.labels, digests, strict=True))}, ordered=ordered)
     findings = Findings(prepared)
     context = Context(
         params=prepared.resolved.params,
@@ -146,7 +156,12 @@ def _run(
         1 if device.type != "cpu" else threads or default_threads(),
     )
     steps.total = runner.passes() * len(execute.units(prepared, device)) + 1
-    with Spool(folder) as spool:
+    with Spool(folder) as spool, calibrated(prepared, folder, device, checkpoint) as data:
+        if data is not None:
+            steps.total += data.ticks
+            data.start(steps)
+            findings.calibration = data.facts
+            runner = replace(runner, context=replace(context, data=data))
         if method.contract.multi_output:
             report, files = write_parts(
                 folder, runner.equalized(steps.tick), findings, spool, digest, steps.tick
@@ -157,6 +172,7 @@ def _run(
                 spool.put_factors(outcome.name, outcome.B, outcome.A)
                 findings.add(outcome)
             findings.settle_lambda()
+            findings.calibration = {} if data is None else data.facts
             report = build_report(findings, digest, device.type)
             files = write_result(folder, findings, spool, report)
     steps.tick("write")
@@ -171,13 +187,13 @@ class _Steps:
         self._done = 0
         self.total = 1
 
-    def tick(self, phase: str) -> None:
+    def tick(self, phase: str, message: str = "") -> None:
         self._done += 1
-        self.say(phase)
+        self.say(phase, message)
 
-    def say(self, phase: str) -> None:
+    def say(self, phase: str, message: str = "") -> None:
         if self._callback is not None:
-            self._callback(Progress(phase, self._done, self.total, phase))
+            self._callback(Progress(phase, self._done, self.total, message or phase))
 
 
 __all__ = [

@@ -25,6 +25,7 @@ class Findings:
         self.modules: list[dict[str, Any]] = []
         self.warnings: list[dict[str, str]] = []
         self.lambda_ = 1.0
+        self.calibration: dict[str, Any] = {}
         self._squares = [0.0] * len(prepared.adapters)
         self._inner = [0.0] * len(prepared.adapters)
         self._norm2 = 0.0
@@ -175,6 +176,7 @@ def build_report(findings: Findings, digest: str, device: str) -> dict[str, Any]
         "inputs": [_input(prepared, task) for task in findings.tasks],
         "summary": findings.summary(),
         "modules": findings.module_entries(),
+        **({"calibration": findings.calibration} if findings.calibration else {}),
         "warnings": sorted(findings.warnings, key=lambda entry: (entry["code"], entry["message"])),
     }
 
