@@ -76,6 +76,11 @@ class MergeResult(Document):
     imports: dict[str, str] = Field(default_factory=dict)
     """From reference to another hub to the commit that it meant."""
 
+    @property
+    def size(self) -> int:
+        """Bytes of all files."""
+        return sum(entry.size for entry in self.files)
+
 
 class MergeRecord(Document):
     """One merge, from the request to its end."""

@@ -6,6 +6,7 @@ needed to rebuild Redis.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable
 from typing import Any, Literal
@@ -44,9 +45,10 @@ from service.documents import (
 from service.errors import Conflict, NotFound
 from service.paging import page
 from service.problems import describe
+from service.quota import usage_key
 from service.records import decode, encode, new_record
 from service.sizes import move_up, size_for
-from service.storage import Storage
+from service.storage import Storage, StorageUnavailable
 
 MAX_RETRIES = 5
 """How often a merge is started again after its worker died; input errors are never retried."""
@@ -101,11 +103,17 @@ class Jobs:
         found = self.find(tenant, merge_id)
         return found is not None and found.ended
 
-    def enqueue(self, record: MergeRecord) -> None:
-        """Enter a queued record into Redis and its job into the queue, all or nothing."""
+    def enqueue(self, record: MergeRecord) -> bool:
+        """Enter a queued record into Redis and its job into the queue, all or nothing.
+
+        Whether that was done; a record that is in Redis already stays as it is.
+        """
         tenant, merge_id = record.tenant, record.id
         score = millis(record.created_at)
         with self._redis.pipeline(transaction=True) as pipe:
+            pipe.watch(merge_key(tenant, merge_id))  # type: ignore[no-untyped-call]
+            if pipe.exists(merge_key(tenant, merge_id)):
+                return False
             pipe.multi()  # said first, or RQ would say it in the middle
             pipe.hset(merge_key(tenant, merge_id), mapping=encode(record))
             pipe.zadd(merges_key(tenant), {merge_id: score})
@@ -114,7 +122,11 @@ class Jobs:
             data = json.dumps({"state": "queued", "at": record.created_at})
             pipe.xadd(events_key(tenant, merge_id), {"event": "state", "data": data})
             self.push(record, pipe)
-            pipe.execute()
+            try:
+                pipe.execute()
+            except redis.WatchError:
+                return False
+        return True
 
     def push(self, record: MergeRecord, pipe: Pipeline | None = None) -> None:
         """Put the job of a merge into the queue of its priority and size. Its payload is two ids."""
@@ -188,7 +200,7 @@ class Jobs:
         )
         if answer == "dequeued":
             self._unqueue(merge_id)
-            self._conclude(self.settle(tenant, merge_id))
+            self._settle_if_possible(tenant, merge_id)
         elif answer in ("succeeded", "failed") or (answer == "missing" and record.state != "cancelled"):
             raise Conflict("merge_ended", f"the merge {merge_id} can no longer be stopped")
         return self.get(tenant, merge_id)
@@ -209,15 +221,17 @@ class Jobs:
             raise Conflict(
                 "merge_not_ended", f"the merge {merge_id} is {record.state}", remedy="Cancel it first"
             )
+        self._storage.delete(record_key(tenant, merge_id))
         with self._redis.pipeline() as pipe:
             pipe.srem(UNSAVED, f"{tenant}/{merge_id}")
             pipe.delete(merge_key(tenant, merge_id), events_key(tenant, merge_id))
             for state in (None, *STATES):
                 pipe.zrem(merges_key(tenant, state), merge_id)
-            pipe.execute()
+            uncounted, _, listed, *_ = pipe.execute()
+        if record.result is not None and listed and not uncounted:
+            self._redis.decrby(usage_key(tenant), record.result.size)
         if record.digest and self.known_result(tenant, record.digest) == merge_id:
             self._redis.hdel(results_key(tenant), record.digest)
-        self._storage.delete(record_key(tenant, merge_id))
         self._storage.delete_prefix(attempts_prefix(tenant, merge_id))
 
     def known_result(self, tenant: str, digest: str) -> str | None:
@@ -234,6 +248,8 @@ class Jobs:
                 pipe.zadd(merges_key(record.tenant, state), {record.id: score})
             if record.digest and record.state == "succeeded":
                 pipe.hset(results_key(record.tenant), record.digest, record.id)
+            if record.result is not None:
+                pipe.incrby(usage_key(record.tenant), record.result.size)
             pipe.execute()
         tally.note(self._redis, record)
 
@@ -296,18 +312,23 @@ class Jobs:
             f"{tenant}/{merge_id}",
         )
         if answer == "finished":
-            self._conclude(self.settle(tenant, merge_id))
+            self._settle_if_possible(tenant, merge_id)
         return answer
 
-    def _conclude(self, record: MergeRecord | None) -> None:
-        """Count an end; remember of a success the result of its job, and the pace."""
-        if record is None:
-            return
+    def _settle_if_possible(self, tenant: str, merge_id: str) -> None:
+        """An end counts even while the storage is away; whoever supervises settles it later."""
+        with contextlib.suppress(StorageUnavailable):
+            self.settle(tenant, merge_id)
+
+    def _conclude(self, record: MergeRecord) -> None:
+        """Count an end; remember of a success the result of its job, its bytes, and the pace."""
         tally.note(self._redis, record)
         if record.state != "succeeded":
             return
         if record.digest:
             self._redis.hset(results_key(record.tenant), record.digest, record.id)
+        if record.result is not None:
+            self._redis.incrby(usage_key(record.tenant), record.result.size)
         if record.started_at and record.finished_at:
             seconds = (millis(record.finished_at) - millis(record.started_at)) / 1000
             outlook.note(self._redis, seconds)
@@ -331,7 +352,9 @@ class Jobs:
         with self._redis.pipeline() as pipe:
             pipe.srem(UNSAVED, f"{tenant}/{merge_id}")
             pipe.expire(merge_key(tenant, merge_id), transitions.ENDED_SECONDS)
-            pipe.execute()
+            first = pipe.execute()[0]
+        if first and record is not None:
+            self._conclude(record)
         return record
 
     def members(self, key: str) -> list[tuple[str, str]]:
