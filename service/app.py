@@ -11,6 +11,7 @@ from merging import __version__
 from service import handlers, openapi
 from service.deps import Services
 from service.gates import BODY_LIMIT, HostGate, LengthGate
+from service.hub import lfs as hub_lfs
 from service.hub import router as hub
 from service.hub import writing as hub_writing
 from service.routers import events, health, keys, merges, methods, metrics, models, pushes, uploads
@@ -44,7 +45,8 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_middleware(LengthGate, limit=BODY_LIMIT)
     if settings.auth == "off":
         app.add_middleware(HostGate, settings=settings)
-    for module in (models, uploads, merges, pushes, events, methods, keys, metrics, health, hub, hub_writing):
+    hubs = (hub, hub_writing, hub_lfs)
+    for module in (models, uploads, merges, pushes, events, methods, keys, metrics, health, *hubs):
         app.include_router(module.router)
     app.state.counts = RequestCounts()
     app.add_middleware(Telemetry, counts=app.state.counts)  # the last one added is the outermost

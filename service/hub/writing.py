@@ -52,7 +52,7 @@ async def hub_create(request: Request, services: ServicesDep, tenant: TenantDep)
 async def hub_delete(request: Request, services: ServicesDep, tenant: TenantDep) -> dict[str, Any]:
     """Remove a repository with all of its commits."""
     ns, name = _named(await json_object(request), tenant)
-    await run_in_threadpool(_writable, services, tenant, ns, name)
+    await run_in_threadpool(writable, services, tenant, ns, name)
     await run_in_threadpool(services.registry.delete, tenant, Reference(ns, name))
     return {}
 
@@ -72,7 +72,7 @@ async def hub_preupload(
     request: Request, services: ServicesDep, tenant: TenantDep, ns: str, name: str, revision: Rev
 ) -> dict[str, Any]:
     """How each file of a commit is to be sent: in the commit itself, or before it as an LFS object."""
-    newest = await run_in_threadpool(_writable, services, tenant, ns, name, revision)
+    newest = await run_in_threadpool(writable, services, tenant, ns, name, revision)
     files = (await json_object(request)).get("files")
     if not isinstance(files, list):
         raise ServiceError("request_invalid", "the body has no list `files`")
@@ -99,7 +99,7 @@ async def hub_commit(
         return await keep(services, tenant, chunks, limit=policy.REGULAR_LIMIT)
 
     try:
-        await run_in_threadpool(_writable, services, tenant, ns, name, revision)
+        await run_in_threadpool(writable, services, tenant, ns, name, revision)
         if create_pr not in (None, "", "0"):
             raise _unsupported("pull requests")
         async for line in CommitBody(request.stream(), store).lines():
@@ -116,7 +116,7 @@ async def hub_commit(
 @router.post("/api/models/{ns}/{name}/tag/{revision}")
 def hub_branch(services: ServicesDep, tenant: TenantDep, ns: str, name: str, revision: Rev) -> JSONResponse:
     """The one branch there is exists already; others cannot be made."""
-    _writable(services, tenant, ns, name)
+    writable(services, tenant, ns, name)
     if revision != MAIN:
         raise _unsupported("branches and tags")
     told = "Reference already exists"
@@ -139,7 +139,7 @@ def _named(body: dict[str, Any], tenant: str) -> tuple[str, str]:
     return str(body.get("organization") or tenant), str(body.get("name") or "")
 
 
-def _writable(services: Services, tenant: str, ns: str, name: str, revision: str = MAIN) -> Manifest:
+def writable(services: Services, tenant: str, ns: str, name: str, revision: str = MAIN) -> Manifest:
     """The newest revision of a repository that takes commits.
 
     Raises :class:`Missing`, ``result_read_only``.
