@@ -29,15 +29,15 @@ def model_card(
         yaml.safe_dump(front, sort_keys=False, allow_unicode=True).strip(),
         "---",
         "",
-        f"# {method.title}: {len(recipe.models)} adapters merged" + (f", task {_code(task)}" if task else ""),
+        f"# {method.title}: {len(recipe.models)} adapters merged" + (f", task {code(task)}" if task else ""),
         "",
-        f"{method.summary} Method `{method.name}`" + _space(report) + _paper(method) + ".",
+        f"{method.summary} Method `{method.name}`" + _space(report) + paper(method) + ".",
         "",
         "| input | weight | norm | cosine | retention |",
         "| --- | --- | --- | --- | --- |",
         *[
-            f"| {_code(entry['model'])} | {given['parameters']['weight']:g} | {entry['norm']:.4g} "
-            f"| {_number(entry['cosine'])} | {_number(entry['retention'])} |"
+            f"| {code(entry['model'])} | {given['parameters']['weight']:g} | {entry['norm']:.4g} "
+            f"| {number(entry['cosine'])} | {number(entry['retention'])} |"
             for entry, given in zip(summary["inputs"], report["inputs"], strict=True)
         ],
         "",
@@ -52,7 +52,7 @@ def model_card(
         "",
     ]
     if report["warnings"]:
-        lines += ["## Warnings", "", *[f"- {_plain(w['message'])}" for w in report["warnings"]], ""]
+        lines += ["## Warnings", "", *[f"- {plain(w['message'])}" for w in report["warnings"]], ""]
     return "\n".join(lines)
 
 
@@ -60,21 +60,24 @@ def _space(report: dict[str, Any]) -> str:
     return f" in the space `{report['space']}`" if report["space"] else ""
 
 
-def _paper(method: Method) -> str:
+def paper(method: Method) -> str:
+    """The paper of a method in brackets, linked where it is on arXiv."""
     if method.paper.arxiv is None:
         return f" ({method.paper.title})"
     return f" ([{method.paper.title}](https://arxiv.org/abs/{method.paper.arxiv}))"
 
 
-def _number(value: float | None) -> str:
+def number(value: float | None) -> str:
+    """Three digits, or n/a."""
     return "n/a" if value is None else f"{value:.3f}"
 
 
-def _code(text: str) -> str:
-    return "`" + _plain(text).replace("`", "'").replace("|", "/") + "`"
+def code(text: str) -> str:
+    """Text from outside as inline code."""
+    return "`" + plain(text).replace("`", "'").replace("|", "/") + "`"
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """One line without markup that a hostile name could bring."""
     return (
         "".join(c for c in text if c.isprintable()).replace("<", "&lt;").replace("[", "(").replace("]", ")")

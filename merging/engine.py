@@ -14,11 +14,13 @@ import torch
 from merging import catalog, execute
 from merging.calibration.plane import calibrated
 from merging.compress import RankRule
+from merging.dense.inputs import wants_dense
+from merging.dense.merge import merge_dense
 from merging.errors import Cancelled, InputError, MergeError, MergeFailure
 from merging.formats.result_dir import ResultDirectory
 from merging.kernels import Context
 from merging.parts import write_parts
-from merging.planning import Prepared, Resolve, prepare
+from merging.planning import Prepared, Resolve, local_path, prepare
 from merging.recipe import Recipe
 from merging.report import Findings, build_report
 from merging.result import write_result
@@ -59,6 +61,8 @@ def merge(
     resolve: Resolve | None = None,
     overwrite: bool = False,
     checkpoint: Path | None = None,
+    memory_budget: int | None = None,
+    shard_bytes: int | None = None,
 ) -> MergeResult:
     """Merge as ``recipe`` says (a :class:`Recipe`, a mapping or a path) and write ``out_dir`` atomically.
 
@@ -67,12 +71,29 @@ def merge(
     :class:`Cancelled`. ``checkpoint`` is a file in which a long adaptation to data keeps its state: the
     same merge goes on from it, and ends with the same bytes. Raises :class:`InputError` for bad input
     and :class:`MergeFailure` if the work fails; then nothing is left at ``out_dir``.
+
+    Checkpoints and task vectors are merged tensor by tensor into files of ``shard_bytes`` (default 2 GB) by
+    as many threads as fit into ``memory_budget`` bytes. What an interrupted merge of them has finished is
+    kept beside ``out_dir``, and the same merge goes on from there.
     """
     started = time.perf_counter()
     loaded = Recipe.load(recipe)
     where = pick_device(device)
     steps = _Steps(progress)
     steps.say("prepare")
+    if wants_dense(loaded, resolve or local_path):
+        digest, report, files = merge_dense(
+            loaded,
+            Path(out_dir),
+            resolve=resolve or local_path,
+            threads=threads or default_threads(),
+            say=steps.set,
+            overwrite=overwrite,
+            memory_budget=memory_budget,
+            shard_bytes=shard_bytes,
+        )
+        steps.say("publish")
+        return MergeResult(Path(out_dir), digest, report, time.perf_counter() - started, files)
     with ResultDirectory(Path(out_dir), overwrite=overwrite) as result:
         with prepare(loaded, resolve=resolve) as prepared, execute.single_threaded():
             try:
@@ -190,6 +211,10 @@ class _Steps:
     def tick(self, phase: str, message: str = "") -> None:
         self._done += 1
         self.say(phase, message)
+
+    def set(self, phase: str, done: int, total: int) -> None:
+        self._done, self.total = done, total
+        self.say(phase)
 
     def say(self, phase: str, message: str = "") -> None:
         if self._callback is not None:

@@ -14,8 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from merging import catalog
-from merging.calibration.inputs import Inputs, check_inputs, find_inputs, refuse_data
+from merging.calibration.checks import check_inputs
+from merging.calibration.inputs import Inputs, find_inputs, refuse_data
+from merging.calibration.outlook import outlook
 from merging.catalog import Resolved
+from merging.dense.inputs import wants_dense
 from merging.errors import InputError
 from merging.formats.adapter import Adapter, Module, open_adapter
 from merging.formats.compatible import Compatibility, check_compatible
@@ -269,7 +272,12 @@ def plan(recipe: Any, *, resolve: Resolve | None = None) -> Plan:
 
     Raises :class:`InputError` for whatever makes the merge impossible.
     """
-    with prepare(Recipe.load(recipe), resolve=resolve, canonical=False) as prepared:
+    loaded = Recipe.load(recipe)
+    if wants_dense(loaded, resolve or local_path):
+        from merging.dense.describe import describe_dense
+
+        return describe_dense(loaded, resolve=resolve or local_path)
+    with prepare(loaded, resolve=resolve, canonical=False) as prepared:
         return _describe(prepared)
 
 
@@ -315,7 +323,7 @@ def _describe(prepared: Prepared) -> Plan:
             "dtype": prepared.dtype,
             "rank": max((int(module["output_rank"]) for module in modules), default=0),
         },
-        estimate={"output_bytes": numbers * item, **_costs(prepared)},
+        estimate={"output_bytes": numbers * item, **_with_data(prepared, _costs(prepared))},
         warnings=warnings + _full_rank_warning(prepared),
     )
 
@@ -346,6 +354,20 @@ def _full_rank_warning(prepared: Prepared) -> list[dict[str, str]]:
             "dense update. Set output.rank, or use space: core",
         }
     ]
+
+
+def _with_data(prepared: Prepared, costs: dict[str, Any]) -> dict[str, Any]:
+    """The estimate with what looking at the data adds to it."""
+    if prepared.inputs is None:
+        return costs
+    modules = {name: prepared.module(name) for name in prepared.table.modules}
+    data = outlook(prepared.inputs, modules, prepared.resolved.params)
+    return {
+        **costs,
+        "seconds": round(costs["seconds"] + data["seconds"], 2),
+        "memory_bytes": costs["memory_bytes"] + data["memory_bytes"],
+        "calibration": data,
+    }
 
 
 # Rates of one core of a current server, in operations per second; the time is an estimate, not a promise.

@@ -76,7 +76,7 @@ class Contract:
     min_models: int = 1
     max_models: int | None = None
     spaces: tuple[str, ...] = ()
-    outputs: tuple[str, ...] = ("lora", "delta")
+    outputs: tuple[str, ...] = ("lora", "delta", "checkpoint")
     equal_ranks: bool = False
     ordered: bool = False
     multi_output: bool = False

@@ -38,7 +38,7 @@ class ResultDirectory:
         self._recover()
         self.check()
         self.path.mkdir()
-        self._handle = _lock(self.path)
+        self._handle = lock_folder(self.path)
         return self
 
     def __exit__(
@@ -100,7 +100,7 @@ class ResultDirectory:
         for name in names:
             part = self.out.with_name(name.removesuffix(_OLD))
             entry = self.out.with_name(name)
-            handle = _lock(part)
+            handle = lock_folder(part)
             if handle is None and part.exists():
                 continue
             if entry != part and not self.out.exists():
@@ -112,8 +112,8 @@ class ResultDirectory:
                 os.close(handle)
 
 
-def _lock(folder: Path) -> int | None:
-    """An exclusive lock on a folder, or None when it is taken or the folder has gone."""
+def lock_folder(folder: Path) -> int | None:
+    """An exclusive lock on a folder as a handle, or None when it is taken or the folder has gone."""
     try:
         handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | getattr(os, "O_CLOEXEC", 0))
     except OSError:

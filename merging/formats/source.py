@@ -77,7 +77,7 @@ def _from_folder(folder: Path) -> Source:
         if pickles:
             raise _pickle(folder / pickles[0])
         raise _error("adapter_weights_missing", folder, f"has no {WEIGHTS_NAME}")
-    _check_inside(folder, weights)
+    check_inside(folder, weights)
     notes = tuple(f"{name} was ignored; the weights of {WEIGHTS_NAME} count" for name in pickles)
     return Source(folder, weights, data, notes)
 
@@ -94,7 +94,7 @@ def _image_file(folder: Path) -> Source:
         raise _error("several_adapters", folder, f"holds several files ({', '.join(files[:10])})",
               remedy="Name one of them")  # fmt: skip
     weights = folder / name
-    _check_inside(folder, weights)
+    check_inside(folder, weights)
     return Source(folder, weights, None)
 
 
@@ -132,7 +132,7 @@ def _names(folder: Path) -> list[str]:
 
 
 def _read_config(folder: Path, path: Path) -> bytes:
-    _check_inside(folder, path)
+    check_inside(folder, path)
     try:
         with open_regular(path) as (handle, status):
             if status.st_size > MAX_CONFIG_BYTES:
@@ -143,7 +143,7 @@ def _read_config(folder: Path, path: Path) -> bytes:
         raise _error("not_a_regular_file", path, f"cannot be read ({error.strerror})") from None
 
 
-def _check_inside(folder: Path, path: Path) -> None:
+def check_inside(folder: Path, path: Path) -> None:
     """A link may stay in the folder or, in a Hugging Face cache, point into the cache's own blobs."""
     if not path.is_symlink():
         return

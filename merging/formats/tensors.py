@@ -52,6 +52,13 @@ class TensorFile:
             self._read_into(raw.numpy().data, info)
         return raw.view(getattr(torch, TORCH_NAMES[info.dtype])).reshape(info.shape)
 
+    def read_into(self, key: str, view: memoryview, start: int = 0) -> None:
+        """Fill ``view`` with the bytes of the tensor under ``key``, from its byte ``start`` on."""
+        info = self.header.tensors[key]
+        if start < 0 or start + len(view) > info.end - info.begin:
+            raise ValueError(f"{key} has no bytes {start}..{start + len(view)}")
+        self._fill(view, self.header.data_start + info.begin + start)
+
     def raw(self, key: str) -> bytes:
         """The bytes of a (small) tensor; needs no torch."""
         info = self.header.tensors[key]
@@ -84,8 +91,10 @@ class TensorFile:
         self.close()
 
     def _read_into(self, view: memoryview, info: TensorInfo) -> None:
+        self._fill(view, self.header.data_start + info.begin)
+
+    def _fill(self, view: memoryview, offset: int) -> None:
         handle = self._open()
-        offset = self.header.data_start + info.begin
         while view:
             count = os.preadv(handle, [view], offset)
             if count == 0:

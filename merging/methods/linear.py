@@ -20,7 +20,7 @@ from merging.updates import LowRank, UpdateStack
 
 def weighted_sum(stack: UpdateStack, ctx: Context) -> Merged:
     """The exact sum as concatenated factors. Raises ``zero_weight_sum`` if it cannot normalise."""
-    weights = _weights(stack, ctx)
+    weights = task_weights(stack, ctx)
     B, A = stack.scaled(weights).joined()
     return Merged(LowRank(B, A), weights=weights)
 
@@ -28,13 +28,14 @@ def weighted_sum(stack: UpdateStack, ctx: Context) -> Merged:
 def truncated_sum(stack: UpdateStack, ctx: Context) -> Merged:
     """The sum cut to ``ctx.rank``; only the leading directions are lifted out of the frame."""
     frame = joint_frame(stack)
-    B, A = frame.cores.scaled(_weights(stack, ctx)).joined()
+    B, A = frame.cores.scaled(task_weights(stack, ctx)).joined()
     core = core_svd(B @ A)
     rank = min(ctx.rank or core.S.shape[-1], core.S.shape[-1])
     return Merged(frame.lift(core.head(rank)), (core.S[..., rank:] ** 2).sum(-1))
 
 
-def _weights(stack: UpdateStack, ctx: Context) -> Tensor:
+def task_weights(stack: UpdateStack, ctx: Context) -> Tensor:
+    """The weights of the tasks of a stack, ``(T,)``, normalised if the recipe says so."""
     weights = ctx.weights(stack)
     assert isinstance(ctx.params, LinearParams)
     if not ctx.params.normalize:

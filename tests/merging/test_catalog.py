@@ -75,7 +75,7 @@ def test_aliases_are_other_names_for_the_same_method() -> None:
             "unknown_parameter",
             "models[0].parameters.wait",
         ),
-        ({"output": {"format": "checkpoint"}}, "output_not_supported", "output.format"),
+        ({"merge_method": "rmm", "output": {"format": "delta"}}, "output_not_supported", "output.format"),
     ],
 )
 def test_what_is_wrong_is_named(given: dict[str, Any], code: str, field: str) -> None:

@@ -1,0 +1,61 @@
+"""Open what a dense merge takes: checkpoints, task vectors and adapters of one base. No torch here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from merging.errors import InputError
+from merging.formats.adapter import Adapter, open_adapter
+from merging.formats.checkpoint_in import holds_checkpoint, open_checkpoint
+from merging.formats.task_vector import holds_task_vector, open_task_vector
+from merging.formats.tensor_set import TensorSet
+from merging.recipe import Recipe
+
+Model = TensorSet | Adapter
+Resolve = Callable[[str], Path]
+
+ADAPTER_CONFIG = "adapter_config.json"
+
+
+def is_dense(path: Path) -> bool:
+    """Whether the model at ``path`` is a checkpoint or a task vector rather than an adapter."""
+    if path.is_dir() and (path / ADAPTER_CONFIG).exists():
+        return False
+    return holds_checkpoint(path) or holds_task_vector(path)
+
+
+def open_model(path: Path, label: str) -> Model:
+    """Open one input of a dense merge, whatever it is."""
+    if path.is_dir() and (path / ADAPTER_CONFIG).exists():
+        return open_adapter(path, label=label)
+    if holds_checkpoint(path):
+        return open_checkpoint(path, label=label)
+    if holds_task_vector(path):
+        return open_task_vector(path, label=label)
+    return open_adapter(path, label=label)
+
+
+def wants_dense(recipe: Recipe, resolve: Resolve) -> bool:
+    """Whether a recipe needs the dense route: an input is dense, or the output is a checkpoint."""
+    if recipe.output.format == "checkpoint":
+        return True
+    return any(is_dense(resolve(entry.model)) for entry in recipe.models)
+
+
+def open_base(recipe: Recipe, resolve: Resolve) -> TensorSet | None:
+    """The base checkpoint of a recipe, if it names one."""
+    if recipe.base_model is None:
+        return None
+    try:
+        path = resolve(recipe.base_model)
+    except InputError as error:
+        if error.code != "model_not_found":
+            raise
+        raise InputError(
+            "base_model_not_found",
+            f"there is no base model at {recipe.base_model!r}",
+            remedy="Give the folder of the base checkpoint as `base_model`.",
+            where={"model": recipe.base_model, "field": "base_model"},
+        ) from error
+    return open_checkpoint(path, label=recipe.base_model)

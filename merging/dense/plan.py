@@ -1,0 +1,295 @@
+"""From a recipe to a plan of shards: everything that headers can tell about a dense merge. No torch here."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+from merging import catalog
+from merging.catalog import Resolved
+from merging.dense.inputs import Model, Resolve, open_base, open_model
+from merging.dense.table import FLOATS, Table, TensorJob, base_required, build_table
+from merging.errors import InputError
+from merging.formats.adapter import Adapter
+from merging.formats.compatible import check_compatible
+from merging.formats.guard import ITEM_BYTES
+from merging.formats.shards import shard_names
+from merging.formats.task_vector import BASE_KEY, STEM
+from merging.formats.tensor_set import TensorSet
+from merging.recipe import Recipe
+
+DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+SHARD_BYTES = 2_000_000_000
+STEMS = {"checkpoint": "model", "delta": STEM, "lora": "lora"}
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """One unit of work: the tensors of one output file. ``file`` is its name, ``nbytes`` their size."""
+
+    index: int
+    file: str
+    jobs: tuple[TensorJob, ...]
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class DensePlan:
+    """A checked dense merge. Models and per-model parameters share one order.
+
+    ``sums`` gives the content digests of the models where the caller knows them (they are found by reading
+    every file otherwise), by the reference in the recipe.
+    """
+
+    recipe: Recipe
+    resolved: Resolved
+    base: TensorSet | None
+    models: tuple[Model, ...]
+    table: Table
+    shard_bytes: int = SHARD_BYTES
+    sums: Mapping[str, str] | None = None
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        return tuple(entry.model for entry in self.recipe.models)
+
+    @cached_property
+    def jobs(self) -> tuple[TensorJob, ...]:
+        """The tensors that are written: all for a checkpoint, the merged ones otherwise."""
+        if self.recipe.output.format == "checkpoint":
+            return self.table.jobs
+        return tuple(job for job in self.table.jobs if job.inputs)
+
+    def dtype(self, job: TensorJob) -> str:
+        """The dtype in which a tensor is written."""
+        if job.dtype not in FLOATS:
+            return job.dtype
+        output = self.recipe.output
+        if output.dtype != "auto":
+            return DTYPES[output.dtype]
+        # small differences are subnormal in float16
+        return "F32" if output.format != "checkpoint" and job.dtype == "F16" else job.dtype
+
+    def digest_of(self, model: Model) -> str:
+        """The content digest of a model or of the base."""
+        known = (self.sums or {}).get(model.label)
+        return known if known is not None else model.digest
+
+    @cached_property
+    def digest(self) -> str:
+        """The digest of the recipe with all its inputs, the base included. Reads every file."""
+        found = {model.label: self.digest_of(model) for model in self.models}
+        recipe = self.recipe
+        if self.base is not None and recipe.base_model is not None:
+            recipe = recipe.model_copy(update={"base_model": self.digest_of(self.base)})
+        return recipe.digest(found, ordered=self.resolved.method.contract.ordered)
+
+    @cached_property
+    def shards(self) -> tuple[ShardPlan, ...]:
+        """The output files, in the order of the tensors of the base."""
+        groups: list[list[TensorJob]] = []
+        sizes: list[int] = []
+        for job in self.jobs:
+            size = job.numel * ITEM_BYTES[self.dtype(job)]
+            if not groups or (sizes[-1] and sizes[-1] + size > self.shard_bytes):
+                groups.append([])
+                sizes.append(0)
+            groups[-1].append(job)
+            sizes[-1] += size
+        names = shard_names(STEMS[self.recipe.output.format], len(groups))
+        parts = zip(names, groups, sizes, strict=True)
+        return tuple(ShardPlan(i, name, tuple(jobs), size) for i, (name, jobs, size) in enumerate(parts))
+
+    def close(self) -> None:
+        """Close every file."""
+        for model in (*self.models, *([] if self.base is None else [self.base])):
+            model.close()
+
+
+def shards(plan: DensePlan) -> list[ShardPlan]:
+    """The units of work of a plan; each can be made on its own, anywhere."""
+    return list(plan.shards)
+
+
+@contextmanager
+def prepare_dense(
+    recipe: Recipe,
+    *,
+    resolve: Resolve,
+    canonical: bool = True,
+    shard_bytes: int | None = None,
+    sums: Mapping[str, str] | None = None,
+) -> Iterator[DensePlan]:
+    """Open and check the inputs of a dense merge; they are closed on exit.
+
+    With ``canonical`` the models are put into an order that depends on their content only, which reads every
+    file unless ``sums`` gives its digest (by the reference in the recipe).
+    """
+    resolved = resolve_dense(recipe)
+    recipe = _spelled_out(recipe, resolved)
+    opened: list[TensorSet | Adapter] = []
+    try:
+        models: list[Model] = []
+        for entry in recipe.models:
+            models.append(open_model(resolve(entry.model), entry.model))
+            opened.append(models[-1])
+        base = open_base(recipe, resolve)
+        if base is not None:
+            opened.append(base)
+        if canonical and not resolved.method.contract.ordered:
+            recipe, resolved, models = _sorted(recipe, resolved, models, sums or {})
+        base = base or _stand_in(recipe, resolved, models)
+        _check_models(recipe, base, models, sums or {}, hashed=canonical)
+        table = build_table(
+            base,
+            models,
+            missing=recipe.missing_modules,
+            full_modules=recipe.modules_to_save if isinstance(recipe.modules_to_save, str) else "take",
+            allow_base_mismatch=recipe.allow_base_mismatch,
+        )
+        plan = DensePlan(recipe, resolved, base, tuple(models), table, shard_bytes or SHARD_BYTES, sums)
+        _check_output(plan)
+        yield plan
+    finally:
+        for one in opened:
+            one.close()
+
+
+def resolve_dense(recipe: Recipe) -> Resolved:
+    """The method with its parameters, or why it does not take dense inputs.
+
+    For whole models ``lambda`` is 1 unless the recipe states it. Raises ``dense_inputs_unsupported``,
+    ``space_not_supported`` and what :func:`merging.catalog.resolve` raises.
+    """
+    method = catalog.get(recipe.merge_method)
+    contract = method.contract
+    if not contract.dense_inputs:
+        raise InputError(
+            "dense_inputs_unsupported",
+            f"{method.name} is defined on the factors of adapters; it merges no checkpoints or task vectors",
+            remedy="Use one of: "
+            + ", ".join(name for name in catalog.names() if catalog.get(name).contract.dense_inputs),
+            where={"field": "merge_method"},
+        )
+    entrywise = is_entrywise(recipe.merge_method)
+    if entrywise and recipe.space not in (None, "full"):
+        raise InputError(
+            "space_not_supported",
+            f"the space {recipe.space!r} is made of the factors of adapters; checkpoints have none",
+            remedy="Remove `space`, or set `space: full`.",
+            where={"field": "space"},
+        )
+    update: dict[str, Any] = {"parameters": {"lambda": 1.0, **recipe.parameters}}
+    if entrywise:
+        update["space"] = "full"
+    resolved = catalog.resolve(recipe.model_copy(update=update))
+    return resolved if entrywise else replace(resolved, space=None)
+
+
+def is_entrywise(name: str) -> bool:
+    """Whether a method acts on the entries in full space unless told otherwise."""
+    return catalog.get(name).contract.spaces[:1] == ("full",) and catalog.get(name).name != "svd"
+
+
+def _spelled_out(recipe: Recipe, resolved: Resolved) -> Recipe:
+    return recipe.model_copy(
+        update={
+            "merge_method": resolved.method.name,
+            "space": resolved.space,
+            "parameters": resolved.params.model_dump(mode="json", by_alias=True),
+        }
+    )
+
+
+def _sorted(
+    recipe: Recipe, resolved: Resolved, models: list[Model], sums: Mapping[str, str]
+) -> tuple[Recipe, Resolved, list[Model]]:
+    def key(index: int) -> tuple[str, str]:
+        parameters = json.dumps(recipe.models[index].parameters, sort_keys=True)
+        return sums.get(models[index].label) or models[index].digest, parameters
+
+    order = sorted(range(len(models)), key=key)
+    entries = tuple(recipe.models[i] for i in order)
+    return (
+        recipe.model_copy(update={"models": entries}),
+        replace(resolved, per_model=tuple(resolved.per_model[i] for i in order)),
+        [models[i] for i in order],
+    )
+
+
+def _stand_in(recipe: Recipe, resolved: Resolved, models: list[Model]) -> TensorSet | None:
+    """A checkpoint that can play the base: a weighted mean of whole models is the same from any base."""
+    whole = [model for model in models if isinstance(model, TensorSet) and model.format == "checkpoint"]
+    if not whole:
+        return None
+    weights = [params.weight for params in resolved.per_model]
+    mean = bool(getattr(resolved.params, "normalize", False)) or abs(sum(weights) - 1.0) < 1e-9
+    if (
+        resolved.method.name == "linear"
+        and resolved.params.lambda_ == 1.0
+        and mean
+        and len(whole) == len(models)
+    ):
+        return whole[0]
+    raise base_required(f"{resolved.method.name} of checkpoints")
+
+
+def _check_models(
+    recipe: Recipe, base: TensorSet | None, models: list[Model], sums: Mapping[str, str], *, hashed: bool
+) -> None:
+    if recipe.prepare.balance:
+        raise InputError(
+            "prepare_unsupported",
+            "prepare.balance rewrites the factors of adapters; checkpoints have none",
+            where={"field": "prepare.balance"},
+        )
+    if recipe.output.format == "checkpoint" and base is None:
+        raise base_required("a checkpoint")
+    adapters = [model for model in models if isinstance(model, Adapter)]
+    if len(adapters) > 1:
+        check_compatible(
+            adapters,
+            missing_modules=recipe.missing_modules,
+            allow_base_mismatch=recipe.allow_base_mismatch,
+            modules_to_save="drop",
+        )
+    for model in models:
+        stated = model.metadata.get(BASE_KEY) if isinstance(model, TensorSet) else None
+        if hashed and stated is not None and base is not None and not recipe.allow_base_mismatch:
+            _check_base(model, stated, base, sums)
+
+
+def _check_base(model: Model, stated: str, base: TensorSet, sums: Mapping[str, str]) -> None:
+    if stated != (sums.get(base.label) or base.digest):
+        raise InputError(
+            "base_mismatch",
+            f"{model.label} states that it belongs to another base than {base.label}",
+            remedy="Give its own base, or set allow_base_mismatch: true",
+            where={"model": model.label, "field": "base_model"},
+        )
+
+
+def _check_output(plan: DensePlan) -> None:
+    output = plan.recipe.output
+    if not any(job.inputs for job in plan.table.jobs):
+        raise InputError("nothing_to_merge", "no model holds a tensor of the base that could be merged")
+    if output.format == "lora" and output.rank is None and output.energy is None:
+        raise InputError(
+            "rank_required",
+            "the update of whole models has full rank; an adapter of it needs a rank",
+            remedy="Set output.rank, or output.energy (for instance 0.9), or output.format: checkpoint",
+            where={"field": "output.rank"},
+        )
+    if output.format != "lora":
+        for field in ("energy", "max_rank") + (() if plan.resolved.method.name == "svd" else ("rank",)):
+            if getattr(output, field) is not None:
+                raise InputError(
+                    "rank_without_lora",
+                    f"output.{field} is for adapters; the output is a {output.format}",
+                    remedy="Set output.format: lora, or use merge_method svd with output.rank",
+                    where={"field": f"output.{field}"},
+                )

@@ -1,0 +1,110 @@
+"""``report.json`` of a dense merge: per tensor and for the whole model, from what the shards measured."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from merging.dense.inputs import Model
+from merging.dense.plan import DensePlan
+from merging.dense.runner import Settled, ShardResult
+from merging.diagnostics.telling import relation
+from merging.report import versions
+
+
+def dense_report(plan: DensePlan, parts: Sequence[ShardResult], settled: Settled) -> dict[str, Any]:
+    """The same for the same recipe, inputs, seed and versions, however the shards were made."""
+    tensors = [tensor for part in parts for tensor in part.tensors]
+    return {
+        "recipe_digest": plan.digest,
+        "method": plan.resolved.method.name,
+        "space": plan.resolved.space,
+        "seed": plan.recipe.seed,
+        "device": "cpu",
+        "versions": versions(),
+        "base": None
+        if plan.base is None
+        else {"model": plan.base.label, "digest": plan.digest_of(plan.base)},
+        "inputs": [_input(plan, index, model) for index, model in enumerate(plan.models)],
+        "summary": _summary(plan, tensors, settled.lambda_),
+        "modules": {tensor["name"]: _entry(plan, tensor, settled.lambda_) for tensor in tensors},
+        "files": {part.file: part.sha256 for part in parts},
+        "warnings": _warnings(plan, parts, tensors, settled),
+    }
+
+
+def _input(plan: DensePlan, index: int, model: Model) -> dict[str, Any]:
+    return {
+        "model": model.label,
+        "digest": plan.digest_of(model),
+        "format": model.format,
+        "base_model": model.base_model,
+        "base_revision": getattr(model, "base_revision", None),
+        "parameters": plan.resolved.per_model[index].model_dump(mode="json", by_alias=True),
+    }
+
+
+def _summary(plan: DensePlan, tensors: Sequence[dict[str, Any]], factor: float) -> dict[str, Any]:
+    T = len(plan.models)
+    squares, products = [0.0] * T, [0.0] * T
+    for tensor in tensors:
+        for task, square, product in zip(tensor["tasks"], tensor["inputs2"], tensor["inner"], strict=True):
+            squares[task] += square
+            products[task] += product
+    merged = sum(tensor["norm2"] for tensor in tensors)
+    discarded = sum(tensor["discarded"] for tensor in tensors)
+    norm = math.sqrt(merged) * abs(factor)
+    mean = sum(math.sqrt(square) for square in squares) / T
+    ranks = [tensor["rank"] for tensor in tensors if tensor["rank"] is not None]
+    return {
+        "modules": len(tensors),
+        "copied": len(plan.jobs) - len(tensors),
+        "lambda": factor,
+        "norm": norm,
+        "norm_ratio": norm / mean if mean > 0.0 else 0.0,
+        "min_rank": min(ranks, default=None),
+        "max_rank": max(ranks, default=None),
+        "discarded_energy": discarded / merged if merged > 0.0 else 0.0,
+        "inputs": [
+            {
+                "model": label,
+                "norm": math.sqrt(squares[task]),
+                **relation(norm, squares[task], factor * products[task]),
+            }
+            for task, label in enumerate(plan.labels)
+        ],
+    }
+
+
+def _entry(plan: DensePlan, tensor: dict[str, Any], factor: float) -> dict[str, Any]:
+    norm = math.sqrt(tensor["norm2"]) * abs(factor)
+    return {
+        "m": tensor["m"],
+        "n": tensor["n"],
+        "rank": tensor["rank"],
+        "norm": norm,
+        "discarded_energy": tensor["discarded"] / tensor["norm2"] if tensor["norm2"] > 0.0 else 0.0,
+        "inputs": [
+            {
+                "model": plan.labels[task],
+                "norm": math.sqrt(square),
+                **relation(norm, square, factor * product),
+            }
+            for task, square, product in zip(tensor["tasks"], tensor["inputs2"], tensor["inner"], strict=True)
+        ],
+    }
+
+
+def _warnings(
+    plan: DensePlan, parts: Sequence[ShardResult], tensors: Sequence[dict[str, Any]], settled: Settled
+) -> list[dict[str, str]]:
+    found = {(entry["code"], entry["message"]) for part in parts for entry in part.warnings}
+    found |= {("inputs_warning", text) for text in plan.table.warnings}
+    for model in plan.models:
+        found |= {("inputs_warning", f"{model.label}: {text}") for text in model.warnings}
+    if plan.base is not None and plan.recipe.output.format == "checkpoint":
+        code = (plan.base.config or {}).get("auto_map") or list(plan.base.path.glob("*.py"))
+        if code:
+            found.add(("remote_code_left", "the base brings code of its own, which was not copied"))
+    return [{"code": code, "message": message} for code, message in sorted(found)]
