@@ -106,43 +106,13 @@ class Recipe(_Strict):
         """
         if isinstance(source, Recipe):
             return source
-        if isinstance(source, Mapping):
-            return cls._validate(dict(source), "recipe")
-        path = Path(source)
-        try:
-            size = path.stat().st_size
-            if size > MAX_RECIPE_BYTES:
-                raise InputError(
-                    "recipe_too_large",
-                    f"recipe {path} has {size} bytes; the limit is {MAX_RECIPE_BYTES}",
-                    where={"file": str(path)},
-                )
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(
-                "recipe_unreadable",
-                f"recipe {path} cannot be read: {error}",
-                where={"file": str(path)},
-            ) from error
-        return cls.parse(text, name=str(path))
+        data, name = read_document(source)
+        return cls._validate(data, name)
 
     @classmethod
     def parse(cls, text: str, *, name: str = "recipe") -> Recipe:
         """A recipe from YAML text (JSON is YAML)."""
-        try:
-            data = yaml.load(text, Loader=_Loader)  # a SafeLoader without aliases
-        except (yaml.YAMLError, RecursionError, ValueError) as error:
-            problem = " ".join(str(error).split())
-            raise InputError(
-                "recipe_not_yaml", f"{name} is not valid YAML: {problem}", where={"file": name}
-            ) from error
-        if not isinstance(data, dict):
-            raise InputError(
-                "recipe_not_a_mapping",
-                f"{name} must be a mapping with keys such as merge_method and models",
-                where={"file": name},
-            )
-        return cls._validate(data, name)
+        return cls._validate(parse_document(text, name), name)
 
     @classmethod
     def _validate(cls, data: dict[Any, Any], name: str) -> Recipe:
@@ -210,6 +180,47 @@ def _digests(entry: ModelEntry, inputs: Mapping[str, str]) -> dict[str, str]:
     """The digests of the files of data that a model names."""
     named = {key: getattr(entry, key) for key in DATA_KEYS}
     return {key: inputs.get(value, value) for key, value in named.items() if value is not None}
+
+
+def read_document(source: Mapping[str, Any] | str | Path) -> tuple[dict[Any, Any], str]:
+    """The document of a mapping or of a YAML or JSON file, not yet validated, and its name."""
+    if isinstance(source, Mapping):
+        return dict(source), "recipe"
+    path = Path(source)
+    try:
+        size = path.stat().st_size
+        if size > MAX_RECIPE_BYTES:
+            raise InputError(
+                "recipe_too_large",
+                f"recipe {path} has {size} bytes; the limit is {MAX_RECIPE_BYTES}",
+                where={"file": str(path)},
+            )
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(
+            "recipe_unreadable",
+            f"recipe {path} cannot be read: {error}",
+            where={"file": str(path)},
+        ) from error
+    return parse_document(text, str(path)), str(path)
+
+
+def parse_document(text: str, name: str) -> dict[Any, Any]:
+    """The mapping in YAML text (JSON is YAML). Raises ``recipe_not_yaml`` or ``recipe_not_a_mapping``."""
+    try:
+        data = yaml.load(text, Loader=_Loader)  # a SafeLoader without aliases
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        problem = " ".join(str(error).split())
+        raise InputError(
+            "recipe_not_yaml", f"{name} is not valid YAML: {problem}", where={"file": name}
+        ) from error
+    if not isinstance(data, dict):
+        raise InputError(
+            "recipe_not_a_mapping",
+            f"{name} must be a mapping with keys such as merge_method and models",
+            where={"file": name},
+        )
+    return data
 
 
 def validation_error(error: ValidationError, name: str) -> InputError:

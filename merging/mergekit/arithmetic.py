@@ -1,11 +1,11 @@
 """mergekit's methods on the entries of one tensor, with its roundings, its epsilons and its zero rules.
 
-Every function gives the merged tensor flat, in the dtype of the work. Formulas: ``docs/mergekit.md``.
+Every function hands out the merged tensor flat, in the dtype of the work. Formulas: ``docs/mergekit.md``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,16 +36,22 @@ class Work:
         return [i for i in range(len(self.output.inputs)) if i != self.output.base]
 
 
-def merge(work: Work, inputs: Sequence[Rows]) -> Tensor:
-    """The output tensor, in its dtype and shape. Raises ``mergekit_buffer`` if inputs to copy differ."""
+Emit = Callable[[int, Tensor], None]
+"""Takes finished entries from an index on, in the dtype of the work. Blocks come in order."""
+
+
+def merge(work: Work, inputs: Sequence[Rows], emit: Emit) -> None:
+    """Hand the output tensor to ``emit`` piece by piece. Raises ``mergekit_buffer`` where copies differ."""
     output = work.output
     if output.copy:
-        return _copied(output, inputs)
+        emit(0, _copied(output, inputs))
+        return
     entries = Entries.of(inputs, output.shape, TORCH[output.dtype])
-    merged = torch.empty(entries.size, dtype=TORCH[output.out_dtype])
-    if entries.size:
-        _METHODS.get(work.method.name, _family)(work, entries, merged)
-    return merged.view(output.shape)
+    if output.base is not None and not work.deltas():
+        for start, stop in entries.spans():
+            emit(start, entries.rows(output.base, start, stop))
+    elif entries.size:
+        _METHODS.get(work.method.name, _family)(work, entries, emit)
 
 
 def _copied(output: Output, inputs: Sequence[Rows]) -> Tensor:
@@ -57,16 +63,14 @@ def _copied(output: Output, inputs: Sequence[Rows]) -> Tensor:
             remedy="Make it equal in all models.",
             where={"module": output.name},
         )
-    return first.view(output.shape)
+    return first
 
 
-def _linear(work: Work, entries: Entries, merged: Tensor) -> None:
+def _linear(work: Work, entries: Entries, emit: Emit) -> None:
     """The weighted sum in float32 (or float64), divided by the sum of the weights if normalised."""
     values = work.output.values
     dtype = torch.float64 if entries.dtype == torch.float64 else torch.float32
-    weights = torch.tensor([each["weight"] for each in values.inputs], dtype=torch.float32).to(dtype)
-    if entries.dtype == torch.float64:
-        weights = torch.tensor([each["weight"] for each in values.inputs], dtype=dtype)
+    weights = torch.tensor([each["weight"] for each in values.inputs], dtype=dtype)
     total = weights.sum() if values.shared["normalize"] else None
     for start, stop in entries.spans():
         found = torch.zeros(stop - start, dtype=dtype)
@@ -74,32 +78,32 @@ def _linear(work: Work, entries: Entries, merged: Tensor) -> None:
             found.addcmul_(entries.rows(index, start, stop), weight)
         if total is not None:
             found.div_(total)
-        merged[start:stop] = found.to(entries.dtype)
+        emit(start, found.to(entries.dtype))
 
 
-def _passthrough(work: Work, entries: Entries, merged: Tensor) -> None:
+def _passthrough(work: Work, entries: Entries, emit: Emit) -> None:
     """The only input, times ``scale`` if that is given."""
     scale = work.output.values.inputs[0]["scale"]
     for start, stop in entries.spans():
         rows = entries.rows(0, start, stop)
-        merged[start:stop] = rows if scale is None else rows * scale
+        emit(start, rows if scale is None else rows * scale)
 
 
-def _slerp(work: Work, entries: Entries, merged: Tensor) -> None:
+def _slerp(work: Work, entries: Entries, emit: Emit) -> None:
     base = work.output.base
     assert base is not None
     t = torch.tensor(work.output.values.shared["t"], dtype=torch.float32)
-    slerp.merge(t, entries, base, 1 - base, merged)
+    slerp.merge(t, entries, base, 1 - base, emit)
 
 
-def _sce(work: Work, entries: Entries, merged: Tensor) -> None:
+def _sce(work: Work, entries: Entries, emit: Emit) -> None:
     base = work.output.base
     assert base is not None
-    sce.merge(entries, base, work.deltas(), work.output.values.shared["select_topk"], merged)
+    sce.merge(entries, base, work.deltas(), work.output.values.shared["select_topk"], emit)
 
 
-def _family(work: Work, entries: Entries, merged: Tensor) -> None:
-    """Sparsify each task vector, weigh, add (or elect signs and add what agrees), divide, add to the base.
+def _family(work: Work, entries: Entries, emit: Emit) -> None:
+    """Sparsify the task vectors, weigh, add (or elect signs and add what agrees), divide, add to the base.
 
     Weights multiply before the election, a sum of zero elects plus, and the divisor is the sum of the
     weights of what agrees.
@@ -107,10 +111,6 @@ def _family(work: Work, entries: Entries, merged: Tensor) -> None:
     output, dtype = work.output, entries.dtype
     base, deltas, shared = output.base, work.deltas(), output.values.shared
     assert base is not None
-    if not deltas:
-        for start, stop in entries.spans():
-            merged[start:stop] = entries.rows(base, start, stop)
-        return
     sparsifiers = prepared(work, entries)
     weights = torch.tensor([output.values.inputs[i]["weight"] for i in deltas], dtype=dtype).unsqueeze(1)
     plain = bool((weights == 1.0).all())
@@ -133,7 +133,7 @@ def _family(work: Work, entries: Entries, merged: Tensor) -> None:
                 mixed.div_(total)
         if shared["lambda"] != 1.0:
             mixed.mul_(shared["lambda"])
-        merged[start:stop] = mixed.add_(rows)
+        emit(start, mixed.add_(rows))
 
 
 def _elected(y: Tensor, weights: Tensor, *, normalize: bool) -> Tensor:

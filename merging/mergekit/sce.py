@@ -5,7 +5,7 @@ Its absolute numbers are kept: energies that sum to less than 1e-6 count as equa
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,12 +18,10 @@ from merging.mergekit.entries import BLOCK, Entries, added, bit_type, from_bits,
 FLOOR = 1e-6
 
 
-def merge(entries: Entries, base: int, deltas: Sequence[int], topk: float, merged: Tensor) -> None:
-    """``merged`` gets the base plus the mean of what is left of the task vectors."""
-    if not deltas:
-        for start, stop in entries.spans():
-            merged[start:stop] = entries.rows(base, start, stop)
-        return
+def merge(
+    entries: Entries, base: int, deltas: Sequence[int], topk: float, emit: Callable[[int, Tensor], None]
+) -> None:
+    """Hand out the base plus the mean of what is left of the task vectors."""
     selected = _Selected(entries, base, deltas, topk) if topk < 1.0 else None
 
     def kept() -> Iterator[tuple[int, int, Tensor]]:
@@ -40,7 +38,7 @@ def merge(entries: Entries, base: int, deltas: Sequence[int], topk: float, merge
         divisor = added(agreeing.clone().gt_(0.0).mul_(shares)).to(x.dtype)
         found = added(agreeing.mul_(shares)).to(x.dtype).mul_(sign)
         found.div_(divisor.clamp_min_(FLOOR))
-        merged[start:stop] = found.add_(entries.rows(base, start, stop))
+        emit(start, found.add_(entries.rows(base, start, stop)))
 
 
 def _stacked(entries: Entries, base: int, deltas: Sequence[int], start: int, stop: int) -> Tensor:

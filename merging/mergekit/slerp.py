@@ -5,7 +5,7 @@ The chunks are part of the arithmetic: sums in another order differ in the last 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -17,8 +17,8 @@ SMALL = 1e-8
 COLLINEAR = 0.9995
 
 
-def merge(t: Tensor, entries: Entries, first: int, second: int, merged: Tensor) -> None:
-    """``merged`` gets the point ``t`` of the way from one input to the other."""
+def merge(t: Tensor, entries: Entries, first: int, second: int, emit: Callable[[int, Tensor], None]) -> None:
+    """Hand out the point ``t`` of the way from one input to the other."""
     dtype = torch.float64 if entries.dtype == torch.float64 else torch.float32
 
     def chunks() -> Iterator[tuple[int, Tensor, Tensor]]:
@@ -39,4 +39,4 @@ def merge(t: Tensor, entries: Entries, first: int, second: int, merged: Tensor) 
     from_first = torch.where(line, 1 - t, torch.sin((1 - t) * theta) / sine)
     from_second = torch.where(line, t, torch.sin(t * theta) / sine)
     for start, x, y in chunks():
-        merged[start : start + x.numel()] = (from_first * x + from_second * y).to(entries.dtype).squeeze(0)
+        emit(start, (from_first * x + from_second * y).to(entries.dtype).squeeze(0))

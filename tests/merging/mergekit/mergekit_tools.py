@@ -17,7 +17,7 @@ from torch import Tensor
 from merging.formats.guard import check_safetensors
 from merging.formats.header import TensorInfo
 from merging.mergekit import config as configs
-from merging.mergekit.arithmetic import Work, merge
+from merging.mergekit.arithmetic import TORCH, Work, merge
 from merging.mergekit.entries import Held
 from merging.mergekit.schedule import Schedule, schedule
 
@@ -70,7 +70,10 @@ class Checkpoints:
         held = {name: self.tensors(name) for name in table.config.models}
         for output in table.outputs:
             work = Work(output, table.config.method, seed, tuple(item.model for item in output.inputs))
-            yield output.name, merge(work, [Held(held[item.model][item.tensor]) for item in output.inputs])
+            parts: list[Tensor] = []
+            rows = [Held(held[item.model][item.tensor]) for item in output.inputs]
+            merge(work, rows, lambda start, part: parts.append(part.clone()))  # noqa: B023
+            yield output.name, torch.cat(parts).to(TORCH[output.out_dtype]).view(output.shape)
 
 
 def units_apart(x: Tensor, y: Tensor) -> Tensor:
