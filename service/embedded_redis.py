@@ -155,6 +155,12 @@ class EmbeddedRedis:
         self.socket.unlink(missing_ok=True)
 
 
+def running_at(data_dir: Path) -> str | None:
+    """The address of the server of a `merganser up` that runs on a data directory, if there is one."""
+    socket = _socket_path(data_dir / "redis")
+    return f"unix://{socket}?db=0" if socket.is_socket() else None
+
+
 def _socket_path(folder: Path) -> Path:
     """A private place for the socket: in ``folder``, or in a short one when that path is too long."""
     direct = folder / "redis.sock"

@@ -11,9 +11,11 @@ import subprocess
 import sys
 import time
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from service.broker import TRANSIENT, connect
+from service.errors import Unavailable
 from service.jobs import Jobs
 from service.logs import configure
 from service.scratch import sweep
@@ -22,6 +24,7 @@ from service.sizes import served_with
 from service.storage import Storage
 from workers import devices, memory
 from workers import environment as env
+from workers.housekeeper import Housekeeper
 from workers.reaper import Reaper
 
 _POLL_SECONDS = 0.1
@@ -58,23 +61,33 @@ class Supervisor:
         storage = Storage.open(settings.storage_location)
         storage.require()
         self._reaper = Reaper(self._redis, Jobs(self._redis, storage))
+        self._housekeeper = Housekeeper(settings, self._redis, storage)
 
     @property
     def pids(self) -> list[int]:
         """The process ids of the workers that run."""
         return [seat.process.pid for seat in self._seats if seat.process]
 
+    def succeed(self) -> None:
+        """Free at once what the workers of a predecessor held, all of which died with it."""
+        self._reaper.free_all()
+
     async def run(self, stop: asyncio.Event, *, grace: float = WORKER_GRACE_SECONDS) -> None:
         """Supervise until ``stop``; running merges then get ``grace`` seconds, and are queued again."""
-        sweeper = asyncio.create_task(self._sweep(stop))
+        loops = [
+            asyncio.create_task(self._repeat(stop, self._tidy)),
+            asyncio.create_task(self._repeat(stop, self._housekeeper.sweep)),
+        ]
         try:
             while not stop.is_set():
                 for seat in self._seats:
                     await self._tend(seat)
                 await _wait(stop, _POLL_SECONDS)
         finally:
+            self._housekeeper.stop()
             await self._stop_all(grace)
-            sweeper.cancel()
+            for loop in loops:
+                loop.cancel()
             self._redis.close()
 
     async def _tend(self, seat: _Seat) -> None:
@@ -122,17 +135,22 @@ class Supervisor:
         except TRANSIENT as error:
             _log.warning("could not free what %s held; its heartbeat will expire: %s", name, error)
 
-    async def _sweep(self, stop: asyncio.Event) -> None:
+    def _tidy(self) -> None:
+        sweep(self._settings.scratch_dir)
+        self._reaper.sweep()
+
+    async def _repeat(self, stop: asyncio.Event, work: Callable[[], None]) -> None:
         while not stop.is_set():
             pause = _SWEEP_SECONDS
             try:
-                await asyncio.to_thread(sweep, self._settings.scratch_dir)
-                await asyncio.to_thread(self._reaper.sweep)
+                await asyncio.to_thread(work)
             except TRANSIENT as error:
                 _log.warning("redis cannot be reached: %s", error)
                 pause = _QUIET_SECONDS
+            except Unavailable as error:
+                _log.warning("%s", error)
             except Exception:
-                _log.exception("the reaper failed")
+                _log.exception("%s failed", work.__qualname__)
             await _wait(stop, pause)
 
     async def _stop_all(self, grace: float) -> None:

@@ -209,6 +209,11 @@ class Storage:
         found = self._do(lambda: obstore.list_with_delimiter(self._store, prefix))
         return sorted(path.rpartition("/")[2] for path in found["common_prefixes"])
 
+    def level(self, prefix: str) -> list[str]:
+        """The keys one level below a prefix, sorted."""
+        found = self._do(lambda: obstore.list_with_delimiter(self._store, prefix))
+        return sorted(meta["path"] for meta in found["objects"])
+
     def delete(self, *keys: str) -> None:
         """Remove objects; their absence is fine."""
         if self.root is None:
