@@ -19,6 +19,8 @@ from merging.dense.merge import merge_dense
 from merging.errors import Cancelled, InputError, MergeError, MergeFailure
 from merging.formats.result_dir import ResultDirectory
 from merging.kernels import Context
+from merging.mergekit.detect import claimed
+from merging.mergekit.merge import merge_config
 from merging.parts import write_parts
 from merging.planning import Prepared, Resolve, local_path, prepare
 from merging.recipe import Recipe
@@ -74,13 +76,28 @@ def merge(
 
     Checkpoints and task vectors are merged tensor by tensor into files of ``shard_bytes`` (default 2 GB) by
     as many threads as fit into ``memory_budget`` bytes. What an interrupted merge of them has finished is
-    kept beside ``out_dir``, and the same merge goes on from there.
+    kept beside ``out_dir``, and the same merge goes on from there. A mergekit configuration is run as it is,
+    with mergekit's arithmetic, on the CPU.
     """
     started = time.perf_counter()
-    loaded = Recipe.load(recipe)
     where = pick_device(device)
     steps = _Steps(progress)
     steps.say("prepare")
+    config = claimed(recipe, resolve or local_path)
+    if config is not None:
+        digest, report, files = merge_config(
+            config[0],
+            Path(out_dir),
+            name=config[1],
+            resolve=resolve or local_path,
+            threads=threads or default_threads(),
+            say=steps.set,
+            overwrite=overwrite,
+            shard_bytes=shard_bytes,
+        )
+        steps.say("publish")
+        return MergeResult(Path(out_dir), digest, report, time.perf_counter() - started, files)
+    loaded = Recipe.load(recipe)
     if wants_dense(loaded, resolve or local_path):
         digest, report, files = merge_dense(
             loaded,

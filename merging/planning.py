@@ -22,6 +22,7 @@ from merging.dense.inputs import wants_dense
 from merging.errors import InputError
 from merging.formats.adapter import Adapter, Module, open_adapter
 from merging.formats.compatible import Compatibility, check_compatible
+from merging.mergekit.detect import claimed
 from merging.recipe import ModelEntry, Recipe
 
 Resolve = Callable[[str], Path]
@@ -272,6 +273,11 @@ def plan(recipe: Any, *, resolve: Resolve | None = None) -> Plan:
 
     Raises :class:`InputError` for whatever makes the merge impossible.
     """
+    config = claimed(recipe, resolve or local_path)
+    if config is not None:
+        from merging.mergekit.describe import describe
+
+        return describe(config[0], name=config[1], resolve=resolve or local_path)
     loaded = Recipe.load(recipe)
     if wants_dense(loaded, resolve or local_path):
         from merging.dense.describe import describe_dense

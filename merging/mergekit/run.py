@@ -84,7 +84,7 @@ def merge_shard(
 
 def _write(plan: MergekitPlan, output: Output, writer: ShardWriter) -> None:
     dtype: torch.dtype = getattr(torch, TORCH_NAMES[output.out_dtype])
-    keys = tuple(plan.models[item.model].digest for item in output.inputs) if _seeded(plan) else ()
+    keys = tuple(plan.models[item.model].digest for item in output.inputs)
     work = Work(output, plan.config.method, plan.config.seed, keys)
 
     def emit(start: int, block: Tensor) -> None:
@@ -95,10 +95,6 @@ def _write(plan: MergekitPlan, output: Output, writer: ShardWriter) -> None:
         writer.write(output.name, start * ITEM_BYTES[output.out_dtype], data)
 
     merge(work, [StoredRows(plan.models[item.model], item.tensor) for item in output.inputs], emit)
-
-
-def _seeded(plan: MergekitPlan) -> bool:
-    return plan.config.method.seeded
 
 
 def _check(found: Tensor, block: Tensor, output: Output, plan: MergekitPlan) -> None:
