@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from merging import __version__
-from service import cli_basis, cli_client, cli_keys, cli_local, cli_server
+from service import cli_basis, cli_client, cli_keys, cli_local, cli_server, cli_stats, cli_store
 from service.cli_errors import Parser, run_reporting
 
 
@@ -24,7 +24,7 @@ def build() -> Parser:
     parser.add_argument("--version", action="version", version=f"merganser {__version__}")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for family in (cli_local, cli_basis, cli_client, cli_server, cli_keys):
+    for family in (cli_local, cli_stats, cli_basis, cli_client, cli_server, cli_keys, cli_store):
         family.add_commands(commands)
     for command in commands.choices.values():
         command.allow_abbrev = False

@@ -8,14 +8,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NoReturn
 
-from merging.calibration.base_files import TRANSPOSED, BaseFiles, find_base
+from merging.calibration.base_files import BaseFiles, find_base
 from merging.calibration.dataset import Dataset, open_dataset, open_shared
 from merging.calibration.heads import Head, check_width, open_head, own_head
 from merging.calibration.settings import DEFAULT_SAMPLES, CalibrationSettings
 from merging.calibration.statistics_file import StatisticsFile
 from merging.catalog.spec import Method
 from merging.errors import InputError
-from merging.formats.adapter import Adapter, Module
+from merging.formats.adapter import Adapter
 from merging.naming import task_names
 from merging.recipe import DATA_KEYS, Recipe
 
@@ -86,7 +86,7 @@ class Inputs:
             heads.append(head)
         kinds = {head.file is None for head in heads}
         if len(kinds) > 1:
-            _fail(
+            fail(
                 "heads_mixed",
                 "some models bring their head and others have a head file",
                 "Give head files for all models or for none.",
@@ -106,7 +106,7 @@ def refuse_data(recipe: Recipe, method: Method) -> None:
     if recipe.calibration is not None:
         given.append("calibration")
     if given and not method.contract.data:
-        _fail(
+        fail(
             "data_not_used",
             f"{method.name} does not look at data, but the recipe gives {given[0]}",
             "Remove it, or choose a method that uses it.",
@@ -127,24 +127,24 @@ def find_inputs(recipe: Recipe, method: Method, resolve: Resolve) -> Inputs:
     for index, entry in enumerate(recipe.models):
         where = f"models[{index}]"
         if entry.statistics is not None and entropy:
-            _fail(
+            fail(
                 "statistics_not_used",
                 f"{where}: {method.name} needs samples, not statistics",
                 "Give `data` instead of `statistics`.",
                 f"{where}.statistics",
             )
         if entry.statistics is not None and datasets[index] is not None:
-            _fail("data_ambiguous", f"{where} gives both data and statistics", "Give one of them.", where)
+            fail("data_ambiguous", f"{where} gives both data and statistics", "Give one of them.", where)
         if entry.statistics is None and datasets[index] is None:
             what = "data" if entropy else "data or statistics"
-            _fail(
+            fail(
                 "data_missing",
                 f"{where}: {method.name} needs {what} for every model",
                 f"Add `{what.partition(' ')[0]}` to the model.",
                 where,
             )
         if entry.head is not None and not entropy:
-            _fail("data_not_used", f"{where}: {method.name} uses no head", "Remove it.", f"{where}.head")
+            fail("data_not_used", f"{where}: {method.name} uses no head", "Remove it.", f"{where}.head")
         opened = None
         if entry.statistics is not None:
             opened = StatisticsFile(_file(resolve(entry.statistics)))
@@ -153,7 +153,7 @@ def find_inputs(recipe: Recipe, method: Method, resolve: Resolve) -> Inputs:
     base = None
     if any(datasets) or entropy:
         if recipe.base_model is None:
-            _fail(
+            fail(
                 "base_model_required",
                 f"{method.name} runs the base model on the samples",
                 "Set `base_model`, or give `statistics` for every model.",
@@ -170,7 +170,7 @@ def find_inputs(recipe: Recipe, method: Method, resolve: Resolve) -> Inputs:
     if features == "auto":
         features = "model" if method.name in MODEL_FEATURES else "base"
     if features == "model" and method.contract.initial:
-        _fail(
+        fail(
             "features_unavailable",
             f"{method.name} has no trained models to measure",
             "Use `features: base`.",
@@ -182,128 +182,13 @@ def find_inputs(recipe: Recipe, method: Method, resolve: Resolve) -> Inputs:
     )
 
 
-def check_inputs(inputs: Inputs, adapters: Sequence[Adapter], modules: Mapping[str, Sequence[int]]) -> None:
-    """Check the inputs against the modules that are to be merged.
-
-    Raises ``statistics_base_mismatch``, ``statistics_model_mismatch``, ``statistics_module_missing``,
-    ``statistics_incomplete``, ``module_not_in_base``, ``base_shape_mismatch``,
-    ``calibration_kind_unsupported``.
-    """
-    _check_statistics(inputs, adapters)
-    described = {name: adapters[present[0]].modules[name] for name, present in modules.items()}
-    for name, module in described.items():
-        if module.kind != "linear" or module.expert is not None:
-            _fail(
-                "calibration_kind_unsupported",
-                f"module {name} is {module.kind}; data can only be gathered for the inputs of linear layers",
-                "Merge it with a method that needs no data.",
-                name,
-            )
-        if inputs.base is not None:
-            check_module(inputs.base, module)
-        for file in inputs.statistics:
-            if file is None:
-                continue
-            known = file.info.modules.get(name)
-            if known is None or (known.m, known.n) != (module.m, module.n):
-                what = "nothing" if known is None else f"a layer of {known.m} x {known.n}"
-                _fail(
-                    "statistics_module_missing",
-                    f"{file.path.name} has {what} for {name}",
-                    "Compute the statistics with a recipe of these models.",
-                    name,
-                )
-
-
-def _check_statistics(inputs: Inputs, adapters: Sequence[Adapter]) -> None:
-    files = [file for file in inputs.statistics if file is not None]
-    bases = {file.info.base for file in files}
-    if inputs.base is not None and files:
-        bases.add(inputs.base.digest)
-    if len(bases) > 1:
-        _fail(
-            "statistics_base_mismatch",
-            "the statistics are of another base model",
-            "Compute them with the base model of the recipe.",
-            "statistics",
-        )
-    own = {adapter.digest: adapter.label for adapter in adapters} if inputs.features == "model" else {}
-    for file, adapter in zip(inputs.statistics, adapters, strict=True):
-        if file is None:
-            continue
-        if file.info.features != inputs.features:
-            _fail(
-                "statistics_features_mismatch",
-                f"{file.path.name} holds features of the {file.info.features}, "
-                f"but {inputs.method} is to use those of the {inputs.features}",
-                f"Set calibration.features: {file.info.features}, or compute them anew.",
-                "statistics",
-            )
-        if inputs.features == "model" and file.info.model != adapter.digest:
-            known = own.get(file.info.model or "")
-            what = f"of {known}" if known else "of an adapter that is not in the recipe"
-            _fail(
-                "statistics_model_mismatch",
-                f"{file.path.name}, given for {adapter.label}, is {what}",
-                "Give each model the statistics of its own task.",
-                "statistics",
-            )
-        if inputs.method == "mats" and not file.has_output_grams():
-            _fail(
-                "statistics_incomplete",
-                f"{file.path.name} has no Gram matrices of output gradients",
-                None,
-                "statistics",
-            )
-    if inputs.method == "mats" and len(files) < len(adapters):
-        _fail(
-            "statistics_incomplete",
-            "mats needs Gram matrices of output gradients, which only a statistics file can bring",
-            "Use regmean with `data`.",
-            "statistics",
-        )
-
-
-def check_module(base: BaseFiles, module: Module) -> None:
-    """Raise ``module_not_in_base`` or ``base_shape_mismatch``."""
-    key = base_key(base, module.name)
-    if key is None:
-        _fail(
-            "module_not_in_base",
-            f"the base model {base.folder.name} has no layer {module.name}",
-            "Give the base model that the adapters were trained on.",
-            module.name,
-        )
-    shape = base.tensors[key].shape
-    wanted = (module.n, module.m) if base.model_type in TRANSPOSED else (module.m, module.n)
-    if shape != wanted:
-        _fail(
-            "base_shape_mismatch",
-            f"{module.name} is {module.m} x {module.n}, but the base has {shape}",
-            "Give the base model that the adapters were trained on.",
-            module.name,
-        )
-
-
-def base_key(base: BaseFiles, name: str) -> str | None:
-    """The key of a layer's weight in the files of a base, whose names may have a prefix more or less."""
-    parts = name.split(".")
-    for start in range(min(3, len(parts))):
-        key = ".".join(parts[start:]) + ".weight"
-        if key in base.tensors:
-            return key
-    ending = f".{name}.weight"
-    found = [key for key in base.tensors if key.endswith(ending) and key.count(".") <= ending.count(".") + 1]
-    return found[0] if len(found) == 1 else None
-
-
 def _datasets(
     recipe: Recipe, settings: CalibrationSettings, resolve: Resolve
 ) -> tuple[list[Dataset | None], dict[str, str]]:
     references: dict[str, str] = {}
     named = [entry.data is not None for entry in recipe.models]
     if settings.data is not None and any(named):
-        _fail(
+        fail(
             "data_ambiguous",
             "the recipe gives calibration.data and data of single models",
             "Give one.",
@@ -330,7 +215,7 @@ def _datasets(
 def _check_count(label: str, dataset: Dataset, settings: CalibrationSettings) -> None:
     least = max(MIN_SAMPLES, settings.samples or 0)
     if len(dataset) < least:
-        _fail(
+        fail(
             "too_few_samples",
             f"there are {len(dataset)} samples for {label}; at least {least} are needed",
             "Add samples, or lower calibration.samples.",
@@ -350,7 +235,7 @@ def _tokenizer(
     folder = base.folder if settings.tokenizer is None else resolve(settings.tokenizer)
     names = ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json", "spiece.model")
     if not any((folder / name).is_file() for name in names):
-        _fail(
+        fail(
             "tokenizer_missing",
             f"{folder.name} has no tokenizer for the texts",
             "Set calibration.tokenizer, or give tensors instead of texts.",
@@ -367,5 +252,6 @@ def _file(path: Path) -> Path:
     return names[0] if len(names) == 1 else path
 
 
-def _fail(code: str, message: str, remedy: str | None, field: str) -> NoReturn:
+def fail(code: str, message: str, remedy: str | None, field: str) -> NoReturn:
+    """Refuse, naming the field of the recipe or the module."""
     raise InputError(code, message, remedy=remedy, where={"field": field})

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from merging.calibration import measure
+from merging.calibration.outlook import outlook
 from merging.calibration.statistics_file import StatisticsFile
 from merging.catalog.data import AdarankParams
 from merging.methods.adarank import Components
@@ -38,6 +39,8 @@ class Calibration:
         assert prepared.inputs is not None
         self.prepared = prepared
         self.inputs = prepared.inputs
+        modules = {name: prepared.module(name) for name in prepared.table.modules}
+        outlook(self.inputs, modules, prepared.resolved.params)  # refuses what is too large
         self.folder = folder
         self.device = device
         self.checkpoint = checkpoint
