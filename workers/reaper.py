@@ -93,6 +93,11 @@ class Reaper:
                 pipe.srem(f"{BaseWorker.redis_workers_keys}:{queue.name}", worker_key)
             pipe.execute()
 
+    def free_all(self) -> None:
+        """Free what all registered workers held; for whoever knows that none of them can be alive."""
+        for key in sorted(text(member) for member in self._redis.smembers(BaseWorker.redis_workers_keys)):
+            self.free(key.removeprefix(BaseWorker.redis_worker_namespace_prefix))
+
     def _enforce_cancellations(self) -> None:
         """Kill what does not stop by itself; end what cannot be killed. Its attempt can publish nothing."""
         for tenant, merge_id in self._jobs.members(ACTIVE):

@@ -22,11 +22,12 @@ from merging.recipe import Recipe
 from service.broker import TRANSIENT, connect
 from service.documents import FileEntry, MergeResult, attempts_prefix, result_key
 from service.errors import Unavailable
+from service.inspection import hide_folder
 from service.jobs import MAX_RETRIES, Jobs
 from service.logs import event, request_id
 from service.problems import describe
 from service.pushes import Pushes
-from service.registry import Registry, hide_folder
+from service.registry import Registry
 from service.remote.references import Hubs
 from service.scratch import scratch
 from service.settings import load_settings

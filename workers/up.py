@@ -74,6 +74,8 @@ class _Machine:
             loop.add_signal_handler(number, self._stop.set)
         server = make_server(self._settings)
         supervisor = Supervisor(self._settings)
+        if self._embedded is not None:  # nobody else can have workers on it
+            supervisor.succeed()
         results = await asyncio.gather(
             self._ends_all(server.serve(sockets=[self._listener])),
             self._ends_all(supervisor.run(self._stop, grace=_WORKER_GRACE_SECONDS)),

@@ -39,6 +39,14 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return [write_adapter(root / str(seed), seed=seed, rank=16, modules=MODULES) for seed in range(3)]
 
 
+@pytest.fixture(scope="session")
+def middling(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """The same, but it takes a second or two."""
+    root = tmp_path_factory.mktemp("middling")
+    some = dict(list(MODULES.items())[:8])
+    return [write_adapter(root / str(seed), seed=seed, rank=8, modules=some) for seed in range(2)]
+
+
 def submit_slow(client: Client, folders: list[Path]) -> str:
     """Request the slow merge; its id."""
     models = [{"model": push(client, folder, f"slow/m{i}")} for i, folder in enumerate(folders)]
@@ -49,7 +57,7 @@ def submit_slow(client: Client, folders: list[Path]) -> str:
         "parameters": {"density": 0.3},
         "output": {"rank": 16},
     }
-    return str(client.submit(recipe)["id"])
+    return str(client.submit(recipe, fresh=True)["id"])
 
 
 def in_the_middle(client: Client, merge_id: str) -> str:
