@@ -58,11 +58,13 @@ class Push(Document):
     commit: str | None = None
     error: dict[str, Any] | None = None
     finished_at: str | None = None
+    asked: int = 1
+    """How often it was asked for; each time has a job of its own."""
 
-    def again(self) -> Push:
+    def again(self, asked: int = 1) -> Push:
         """The same, to be done."""
         cleared: dict[str, Any] = {"state": "waiting", "commit": None, "error": None, "finished_at": None}
-        return self.model_copy(update=cleared)
+        return self.model_copy(update={**cleared, "asked": asked})
 
 
 class MergeResult(Document):

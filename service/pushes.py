@@ -55,20 +55,21 @@ class Pushes:
                 f"it was never said where the result of {merge_id} is to be pushed",
                 remedy="Send a body with the repository",
             )
-        if self._alive(merge_id):
+        if record.push is not None and self._under_way(merge_id, record.push):
             raise Conflict(
                 "push_in_progress", f"the result of {merge_id} is being pushed", remedy="Wait for its end"
             )
-        self.note(record, wanted.again())
-        self._enqueue(tenant, merge_id)
+        fresh = wanted.again(record.push.asked + 1 if record.push else 1)
+        self.note(record, fresh)
+        self._enqueue(tenant, merge_id, fresh)
         return self._jobs.get(tenant, merge_id)
 
     def start_waiting(self, tenant: str, merge_id: str) -> None:
         """Start the push of a result that has just appeared, if one was asked for and none was started."""
         record = self._jobs.find(tenant, merge_id)
-        waits = record is not None and record.push is not None and record.push.state == "waiting"
-        if waits and not self._alive(merge_id):
-            self._enqueue(tenant, merge_id)
+        push = record.push if record is not None else None
+        if push is not None and push.state == "waiting" and not self._under_way(merge_id, push):
+            self._enqueue(tenant, merge_id, push)
 
     def note(self, record: MergeRecord, push: Push) -> None:
         """Write down how far a push is, in Redis while the record is there, and in storage."""
@@ -79,11 +80,11 @@ class Pushes:
         elif self._jobs.find(tenant, merge_id) is not None:  # not deleted meanwhile
             self._jobs.save(record.model_copy(update={"push": push}))
 
-    def _enqueue(self, tenant: str, merge_id: str) -> None:
+    def _enqueue(self, tenant: str, merge_id: str, push: Push) -> None:
         self._queue.enqueue_call(
             PUSH_TASK,
             args=(tenant, merge_id),
-            job_id=_job_id(merge_id),
+            job_id=_job_id(merge_id, push),
             description=f"push the result of {merge_id}",
             timeout=_TIMEOUT_SECONDS,
             result_ttl=_KEPT_SECONDS,
@@ -91,10 +92,13 @@ class Pushes:
             retry=Retry(max=MAX_RETRIES),
         )
 
-    def _alive(self, merge_id: str) -> bool:
-        status = self._redis.hget(f"rq:job:{_job_id(merge_id)}", "status")
+    def _under_way(self, merge_id: str, push: Push) -> bool:
+        """Whether a push has not ended and will end; one whose job was given up is not under way."""
+        if push.state in ("succeeded", "failed"):
+            return False
+        status = self._redis.hget(f"rq:job:{_job_id(merge_id, push)}", "status")
         return status is not None and text(status) in _ALIVE
 
 
-def _job_id(merge_id: str) -> str:
-    return f"push_{merge_id.removeprefix('mrg_')}"
+def _job_id(merge_id: str, push: Push) -> str:
+    return f"push_{merge_id.removeprefix('mrg_')}_{push.asked}"

@@ -14,11 +14,12 @@ from typing import Any
 
 import redis
 
-from merging.errors import MergeError, MergeFailure
+from merging.errors import MergeFailure
 from service.broker import models_key, revisions_key, staging_key, text
 from service.clock import at, millis, now
 from service.documents import FileEntry, Manifest, manifest_key, revision_of
 from service.errors import Conflict, NotFound, TooLarge, Unavailable
+from service.inspection import inspect, inspect_parts
 from service.marks import Marks
 from service.names import WEIGHTS, Reference
 from service.paging import page
@@ -139,7 +140,7 @@ class Registry:
             with scratch(self._scratch_dir) as root:
                 folder = root / model  # an error names it
                 self._place(tenant, files, folder)
-                facts = _inspect(folder, model)
+                facts = (None if weights else inspect_parts(folder, model)) or inspect(folder, model)
         return Manifest(model=model, revision=revision, created_at=now(), files=files, **facts)
 
     def _save(self, tenant: str, manifest: Manifest) -> None:
@@ -260,38 +261,6 @@ def _refuse_nesting(files: tuple[FileEntry, ...]) -> None:
                 f"{path} is a file and, in {inside}, a folder",
                 where={"file": path},
             )
-
-
-def _inspect(folder: Path, model: str) -> dict[str, Any]:
-    """What the manifest says about the adapter in ``folder``; errors name the model, not the folder."""
-    from merging import load_adapter
-
-    try:
-        adapter = load_adapter(folder, label=model)
-    except MergeError as error:
-        raise hide_folder(error, folder) from None
-    try:
-        return {
-            "format": adapter.format,
-            "modules": len(adapter.modules),
-            "rank": max((module.rank for module in adapter.modules.values()), default=0),
-            "base_model": adapter.base_model,
-            "warnings": tuple(warning.replace(f"{folder}/", "") for warning in adapter.warnings),
-        }
-    finally:
-        adapter.close()
-
-
-def hide_folder(error: MergeError, folder: Path) -> MergeError:
-    """The same error without the path of a temporary folder, which says nothing to a client."""
-
-    def clean(value: str) -> str:
-        return value.replace(f"{folder}/", "").replace(str(folder), "the upload")
-
-    error.message = clean(error.message)
-    error.remedy = clean(error.remedy) if error.remedy else None
-    error.where = {key: clean(value) for key, value in error.where.items()}
-    return error
 
 
 def _missing(model: str) -> NotFound:

@@ -34,7 +34,7 @@ def run_push(tenant: str, merge_id: str) -> None:
     jobs = Jobs(connection, storage)
     pushes = Pushes(connection, jobs)
     record = jobs.find(tenant, merge_id)
-    if record is None or record.push is None or record.push.state == "succeeded":
+    if record is None or record.push is None or record.push.state in ("succeeded", "failed"):
         return
     request_id.set(record.request_id)
     pushes.note(record, record.push.model_copy(update={"state": "running"}))

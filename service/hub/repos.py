@@ -7,13 +7,23 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from merging.formats.families import FAMILIES
 from service.deps import Services
 from service.documents import FileEntry, result_key, revision_of
 from service.errors import NotFound, ServiceError
 from service.hub.errors import Missing
+from service.inspection import PARTS
 from service.names import MERGE_ID_PATTERN, RESULTS, REVISION_PATTERN, Reference, check_model
+from service.registry import NO_WEIGHTS
 from service.storage import blob_key
 
+_LIBRARIES = {
+    **{family.name: family.library for family in FAMILIES.values()},
+    "checkpoint": "transformers",
+    PARTS: "peft",
+}
+_TAGS = {"delta": ("task-vector",), "checkpoint": ()}
+DELTA_NAME = "delta.safetensors"
 MAIN = "main"
 """The only branch; it is the newest commit."""
 
@@ -35,6 +45,20 @@ class Repo:
     created_at: str
     base_model: str | None
     files: tuple[Stored, ...]
+    merged: bool = False
+    format: str = NO_WEIGHTS
+
+    @property
+    def library(self) -> str | None:
+        """The library that loads it, as the Hub calls it; None for a delta and for no weights at all."""
+        return _LIBRARIES.get(self.format)
+
+    @property
+    def tags(self) -> list[str]:
+        """What the Hub's listings say about it."""
+        weights = [] if self.format == NO_WEIGHTS else ["safetensors", *_TAGS.get(self.format, ("lora",))]
+        base = [f"base_model:{self.base_model}"] if self.base_model else []
+        return [*([self.library] if self.library else []), *weights, *["merge"] * self.merged, *base]
 
     def file(self, path: str) -> Stored:
         """The file at a path. Raises :class:`Missing`."""
@@ -121,7 +145,10 @@ def _model(services: Services, tenant: str, ns: str, name: str, revision: str | 
     except (NotFound, ServiceError) as error:
         raise _no_repo(ns, name) from error
     files = tuple(Stored(entry, blob_key(tenant, entry.sha256)) for entry in manifest.files)
-    return Repo(manifest.model, manifest.revision, manifest.created_at, manifest.base_model, _sorted(files))
+    return Repo(
+        *(manifest.model, manifest.revision, manifest.created_at, manifest.base_model, _sorted(files)),
+        format=manifest.format,
+    )
 
 
 def _result(services: Services, tenant: str, merge_id: str) -> Repo:
@@ -140,7 +167,21 @@ def _result(services: Services, tenant: str, merge_id: str) -> Repo:
     )
     base = record.recipe.get("base_model")
     moment = record.finished_at or record.created_at
-    return Repo(f"{RESULTS}/{record.id}", revision_of(result.files), moment, base, _sorted(files))
+    return Repo(
+        *(f"{RESULTS}/{record.id}", revision_of(result.files), moment, base, _sorted(files)),
+        merged=True,
+        format=_format(files),
+    )
+
+
+def _format(files: tuple[Stored, ...]) -> str:
+    """The format of a result, by the names that we give to its weights, in any of its folders."""
+    names = [stored.entry.path.rpartition("/")[2] for stored in files]
+    known = (family.name for family in FAMILIES.values() if family.weights_name in names)
+    if DELTA_NAME in names:
+        return "delta"
+    whole = any(name.startswith("model") and name.endswith(".safetensors") for name in names)
+    return "checkpoint" if whole else next(known, NO_WEIGHTS)
 
 
 def _sorted(files: tuple[Stored, ...]) -> tuple[Stored, ...]:

@@ -122,7 +122,6 @@ def _info(repo: Repo, *, blobs: bool) -> dict[str, Any]:
             row = file_row(stored.entry)
             sibling |= {"size": row["size"], "blobId": row["oid"], "lfs": row["lfs"]}
         siblings.append(sibling)
-    base = [f"base_model:{repo.base_model}"] if repo.base_model else []
     return {
         "_id": repo.commit[:24],
         "id": repo.id,
@@ -136,7 +135,7 @@ def _info(repo: Repo, *, blobs: bool) -> dict[str, Any]:
         "disabled": False,
         "downloads": 0,
         "likes": 0,
-        "library_name": "peft",
-        "tags": ["peft", "safetensors", "lora", *base],
+        **({"library_name": repo.library} if repo.library else {}),
+        "tags": repo.tags,
         "siblings": siblings,
     }

@@ -15,9 +15,9 @@ from service.deps import Cursor, Limit, ReaderDep, Services, ServicesDep, Tenant
 from service.documents import MergeRecord, MergeState, result_key
 from service.errors import Conflict, NotFound
 from service.gates import BODY_LIMIT
+from service.inspection import hide_folder
 from service.names import MERGE_ID_PATTERN
 from service.records import new_id, new_record
-from service.registry import hide_folder
 from service.remote.imports import remote_models
 from service.results import job_digest, reuse
 from service.routers.literal import LiteralFirst

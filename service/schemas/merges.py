@@ -133,7 +133,7 @@ class Merge(MergeSummary):
                 "model": f"merges/{record.id}",
                 **result.model_dump(mode="json", exclude={"attempt"}),
             }
-        push = record.push.model_dump(mode="json") if record.push else None
+        push = record.push.model_dump(mode="json", exclude={"asked"}) if record.push else None
         more: dict[str, Any] = {"recipe": record.recipe, "result": outcome, "push": push}
         more |= {"queue_position": position, "eta_seconds": eta}
         size = size_for(record.memory_bytes)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+from pathlib import Path
 from typing import Any
 
 import httpx
+from formats.image_files import kohya_layers, write_kohya
 
 from tests.service.conftest import Pair
 
@@ -55,6 +57,31 @@ def test_what_is_missing_is_named(http: httpx.Client, pair: Pair, merged: dict[s
         answer = http.get(path)
         assert (answer.status_code, answer.headers["x-error-code"]) == (404, code), path
         assert answer.json()["detail"] == answer.headers["x-error-message"]
+
+
+def test_listings_tell_what_loads_a_repository(
+    http: httpx.Client, pair: Pair, merged: dict[str, Any], tmp_path: Path
+) -> None:
+    def labels(repo: str) -> tuple[str | None, list[str]]:
+        found = http.get(f"/hf/api/models/{repo}").json()
+        return found.get("library_name"), found["tags"]
+
+    base = [f"base_model:{b}"] if (b := http.get("/v1/models/pair/a").json()["base_model"]) else []
+    assert labels("pair/a") == ("peft", ["peft", "safetensors", "lora", *base])
+    name, tags = labels(f"merges/{merged['id']}")
+    assert (name, tags[:4]) == ("peft", ["peft", "safetensors", "lora", "merge"])
+    done = http.post(
+        "/v1/merges", json=pair.recipe(output={"format": "delta"}), headers={"Prefer": "wait=60"}
+    ).json()
+    assert done["state"] == "succeeded", done
+    name, tags = labels(f"merges/{done['id']}")
+    assert (name, tags[:3]) == (None, ["safetensors", "task-vector", "merge"])
+    style = write_kohya(tmp_path / "style.safetensors", kohya_layers())
+    http.put("/v1/models/hub/style/files/style.safetensors", content=style.read_bytes())
+    assert http.post("/v1/models/hub/style/commit").status_code == 201
+    assert labels("hub/style") == ("diffusers", ["diffusers", "safetensors", "lora"])
+    http.post("/hf/api/repos/create", json={"name": "nothing", "organization": "hub"})
+    assert labels("hub/nothing") == (None, [])
 
 
 def test_paths_come_as_a_form(http: httpx.Client, pair: Pair) -> None:

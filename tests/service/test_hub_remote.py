@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -161,11 +164,27 @@ def test_a_result_is_pushed(near: Up, up: Up, far: tuple[Path, Path]) -> None:
 def test_a_result_that_was_there_is_pushed_too(near: Up, up: Up, far: tuple[Path, Path]) -> None:
     with near.client() as client:
         here = push(client, far[0], "near/cached")
-    merge(near, here)
+    until(lambda: merge(near, here)["cached_from"], what="the result is known")
     done = merge(near, here, push_to={"repo": "pushed/cached"})
     assert done["cached_from"] is not None
     assert pushed(near, done["id"])["state"] == "succeeded"
     assert commit_of(up, "pushed/cached")
+
+
+def test_all_parts_of_a_result_are_pushed(near: Up, up: Up, far: tuple[Path, Path]) -> None:
+    done = merge(near, "hf://far/a", "hf://far/b", merge_method="rmm", push_to={"repo": "pushed/parts"})
+    assert pushed(near, done["id"])["error"] is None
+    there = up.http.get("/v1/models/pushed/parts").json()
+    files = {item["path"]: item["sha256"] for item in done["result"]["files"]}
+    assert {item["path"]: item["sha256"] for item in there["files"]} == files
+    assert (there["format"], there["rank"] > 0) == ("parts", True)
+    info = up.http.get("/hf/api/models/pushed/parts").json()
+    assert (info["library_name"], info["tags"]) == (
+        "peft",
+        ["peft", "safetensors", "lora", "base_model:org/base"],
+    )
+    recipe = {"merge_method": "linear", "models": [{"model": "pushed/parts"}]}
+    assert up.http.post("/v1/merges/plan", json=recipe).json()["code"] == "several_adapters"
 
 
 def test_a_push_that_fails_leaves_the_result(near: Up, up: Up, far: tuple[Path, Path]) -> None:
@@ -199,3 +218,29 @@ def test_where_nothing_can_be_pushed(near: Up, far: tuple[Path, Path]) -> None:
     done = merge(near, "hf://far/a")
     unasked = near.http.post(f"/v1/merges/{done['id']}/push")
     assert (unasked.status_code, unasked.json()["code"]) == (409, "push_not_requested")
+
+
+def test_a_push_goes_on_when_its_process_is_killed(far: tuple[Path, Path], tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as deaf:  # takes the connection, and never answers
+        port = deaf.getsockname()[1]
+        own = Up(tmp_path / "own", hf_endpoints=f"http://127.0.0.1:{port}/hf")
+        try:
+            with own.client() as client:
+                model = push(client, far[0], "own/a")
+            done = merge(own, model, push_to={"repo": "pushed/killed"})
+            until(lambda: own.http.get(f"/v1/merges/{done['id']}").json()["push"]["state"] == "running",
+                  what="the push runs")  # fmt: skip
+            busy = own.http.post(f"/v1/merges/{done['id']}/push")
+            assert (busy.status_code, busy.json()["code"]) == (409, "push_in_progress")
+            deaf.settimeout(30)
+            first, _ = deaf.accept()
+            os.kill(own.horse(), signal.SIGKILL)
+            again, _ = deaf.accept()
+            again.close()
+            first.close()
+            deaf.close()
+            ended = pushed(own, done["id"])
+            assert (ended["state"], ended["error"]["code"]) == ("failed", "hub_unreachable")
+            assert own.http.get(f"/v1/merges/{done['id']}").json()["state"] == "succeeded"
+        finally:
+            assert own.stop() == 0, own.log()

@@ -1,0 +1,73 @@
+"""What an upload is: opened as an adapter, described, and refused with errors that a client understands."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from merging.errors import MergeError
+from service.names import WEIGHTS
+
+PARTS = "parts"
+"""The format of a revision with an adapter in each of several folders."""
+
+
+def inspect(folder: Path, model: str) -> dict[str, Any]:
+    """What the manifest says about the adapter in ``folder``; errors name the model, not the folder."""
+    from merging import load_adapter
+
+    try:
+        adapter = load_adapter(folder, label=model)
+    except MergeError as error:
+        raise hide_folder(error, folder) from None
+    try:
+        return {
+            "format": adapter.format,
+            "modules": len(adapter.modules),
+            "rank": max((module.rank for module in adapter.modules.values()), default=0),
+            "base_model": adapter.base_model,
+            "warnings": tuple(warning.replace(f"{folder}/", "") for warning in adapter.warnings),
+        }
+    finally:
+        adapter.close()
+
+
+def inspect_parts(folder: Path, model: str) -> dict[str, Any] | None:
+    """The same for an adapter in each of several sub-folders, as merges with several outputs are; else None.
+
+    Weights outside of these folders must at least be well-formed: they may be what the parts share.
+    """
+    from merging.formats.guard import check_safetensors
+    from merging.formats.source import CONFIG_NAME
+
+    parts = sorted(path.parent for path in folder.glob(f"*/{CONFIG_NAME}"))
+    if len(parts) < 2 or (folder / CONFIG_NAME).exists():
+        return None
+    found = [inspect(part, f"{model}/{part.name}") for part in parts]
+    for path in sorted(folder.rglob(f"*{WEIGHTS}")):
+        if path.parent not in parts:
+            try:
+                check_safetensors(path)
+            except MergeError as error:
+                raise hide_folder(error, folder) from None
+    warnings = [f"{part.name}: {text}" for part, facts in zip(parts, found, strict=True)
+                for text in facts["warnings"]]  # fmt: skip
+    return {
+        "format": PARTS,
+        "modules": max(facts["modules"] for facts in found),
+        "rank": max(facts["rank"] for facts in found),
+        "base_model": found[0]["base_model"],
+        "warnings": tuple(warnings),
+    }
+
+
+def hide_folder(error: MergeError, folder: Path) -> MergeError:
+    """The same error without the path of a temporary folder, which says nothing to a client."""
+
+    def clean(value: str) -> str:
+        return value.replace(f"{folder}/", "").replace(str(folder), "the upload")
+
+    error.message = clean(error.message)
+    error.remedy = clean(error.remedy) if error.remedy else None
+    error.where = {key: clean(value) for key, value in error.where.items()}
+    return error
