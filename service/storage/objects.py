@@ -274,7 +274,8 @@ class Storage:
         try:
             if self.root is not None:
                 self._do(lambda: obstore.rename(self._store, staged, key))
-                self._to_disk(key)
+                with contextlib.suppress(FileNotFoundError):  # collected again; who refers to it will see
+                    self._to_disk(key)
             else:
                 self._do(lambda: self._copy(staged, key))
         finally:
