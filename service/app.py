@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -14,7 +15,7 @@ from service.gates import BODY_LIMIT, HostGate, LengthGate
 from service.hub import lfs as hub_lfs
 from service.hub import router as hub
 from service.hub import writing as hub_writing
-from service.routers import events, health, keys, merges, methods, metrics, models, pushes, uploads
+from service.routers import events, health, keys, merges, methods, metrics, models, pushes, uploads, webhooks
 from service.settings import Settings
 from service.telemetry import RequestCounts, Telemetry
 
@@ -24,11 +25,15 @@ def create_app(settings: Settings) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        app.state.services = Services.open(settings)
+        services = Services.open(settings)
+        app.state.services = services
+        sender = asyncio.create_task(services.deliverer().run(services.closing))
         try:
             yield
         finally:
-            await app.state.services.close()
+            services.closing.set()
+            await asyncio.gather(sender, return_exceptions=True)
+            await services.close()
 
     app = FastAPI(
         title="Merganser",
@@ -46,9 +51,10 @@ def create_app(settings: Settings) -> FastAPI:
     if settings.auth == "off":
         app.add_middleware(HostGate, settings=settings)
     hubs = (hub, hub_writing, hub_lfs)
-    for module in (models, uploads, merges, pushes, events, methods, keys, metrics, health, *hubs):
+    for module in (models, uploads, merges, pushes, events, webhooks, methods, keys, metrics, health, *hubs):
         app.include_router(module.router)
     app.state.counts = RequestCounts()
     app.add_middleware(Telemetry, counts=app.state.counts)  # the last one added is the outermost
+    app.webhooks.include_router(webhooks.messages)
     openapi.customise(app)
     return app

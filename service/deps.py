@@ -28,6 +28,10 @@ from service.signing import Signer
 from service.sources import Sources
 from service.storage import Storage
 from service.uploads import Uploads
+from service.webhooks.deliver import Deliverer
+from service.webhooks.deliveries import Deliveries
+from service.webhooks.endpoints import Endpoints
+from service.webhooks.guard import Allowed
 
 
 @dataclass
@@ -50,6 +54,9 @@ class Services:
     fanout: Fanout
     signer: Signer
     uploads: Uploads
+    webhooks: Endpoints
+    deliveries: Deliveries
+    webhook_allowed: Allowed
     closing: asyncio.Event
 
     @classmethod
@@ -90,8 +97,15 @@ class Services:
                 file_limit=settings.max_upload_bytes,
                 seconds=settings.upload_seconds,
             ),
+            webhooks=Endpoints(storage),
+            deliveries=Deliveries(connection),
+            webhook_allowed=Allowed.parse(settings.webhook_allow),
             closing=closing,
         )
+
+    def deliverer(self) -> Deliverer:
+        """The loop that sends webhooks."""
+        return Deliverer(self.webhooks, self.deliveries, self.webhook_allowed)
 
     async def close(self) -> None:
         """Give the connections back."""

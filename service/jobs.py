@@ -46,9 +46,11 @@ from service.errors import Conflict, NotFound
 from service.paging import page
 from service.problems import describe
 from service.quota import usage_key
-from service.records import decode, encode, new_record
+from service.records import decode, encode, new_id, new_record
 from service.sizes import move_up, size_for
 from service.storage import Storage, StorageUnavailable
+from service.webhooks.deliveries import announce
+from service.webhooks.endpoints import Endpoints, of_merge
 
 MAX_RETRIES = 5
 """How often a merge is started again after its worker died; input errors are never retried."""
@@ -94,6 +96,8 @@ class Jobs:
             )
         same = old.model_dump(include={"name", "priority", "digest", "memory_bytes"})
         same["push"] = old.push.again() if old.push else None
+        same["id"] = new_id()
+        Endpoints(self._storage).attach_like(tenant, old.id, same["id"])
         return self.create(tenant, Recipe.load(old.recipe), retry_of=old.id, **same, **more)
 
     def entered(self, tenant: str, merge_id: str) -> bool:
@@ -233,6 +237,7 @@ class Jobs:
         if record.digest and self.known_result(tenant, record.digest) == merge_id:
             self._redis.hdel(results_key(tenant), record.digest)
         self._storage.delete_prefix(attempts_prefix(tenant, merge_id))
+        Endpoints(self._storage).delete(tenant, of_merge(merge_id))
 
     def known_result(self, tenant: str, digest: str) -> str | None:
         """The id of a merge that did the job with this digest, or None."""
@@ -242,6 +247,7 @@ class Jobs:
     def enter_ended(self, record: MergeRecord) -> None:
         """Enter a merge that has ended already into storage and into the lists."""
         self.save(record)
+        announce(self._redis, self._storage, record)
         score = millis(record.created_at)
         with self._redis.pipeline() as pipe:
             for state in (None, record.state):
@@ -349,6 +355,8 @@ class Jobs:
         record = decode(fields) if fields else None
         if record is not None:
             self.save(record)
+            if record.ended:
+                announce(self._redis, self._storage, record)
         with self._redis.pipeline() as pipe:
             pipe.srem(UNSAVED, f"{tenant}/{merge_id}")
             pipe.expire(merge_key(tenant, merge_id), transitions.ENDED_SECONDS)

@@ -44,6 +44,7 @@ def _describe(app: FastAPI) -> dict[str, Any]:
         summary=app.summary,
         description=app.description,
         routes=app.routes,
+        webhooks=app.webhooks.routes,
     )
     schemas = document["components"]["schemas"]
     for name in ("HTTPValidationError", "ValidationError"):
@@ -63,6 +64,9 @@ def _describe(app: FastAPI) -> dict[str, Any]:
             _amend(operation)
             add_links(operation)
             add_examples(operation)
+    for path in document.get("webhooks", {}).values():
+        for operation in path.values():
+            operation["responses"] = {"2XX": {"description": "Received"}}
     document["components"]["schemas"] = dict(sorted(schemas.items()))
     return document
 

@@ -50,6 +50,8 @@ class Settings(BaseSettings):
     """What each worker may use, such as ``16GB``; none: all its GPU has, or its share of this machine's."""
     warm_horses: bool = False
     """Keep a process ready that has loaded torch, so that a merge need not wait for it."""
+    drain_seconds: float = Field(default=25.0, ge=0)
+    """So long `merganser worker` lets its merges go on when it is to stop; others do the rest."""
     max_upload_bytes: int = Field(default=16 * GIB, gt=0)
     max_tenant_bytes: int = Field(default=1024 * GIB, gt=0)
     upload_seconds: int = Field(default=24 * 3600, gt=0)
@@ -65,6 +67,8 @@ class Settings(BaseSettings):
     reads_per_minute: int = Field(default=6000, ge=0)
     writes_per_minute: int = Field(default=1200, ge=0)
     """Of each tenant of a service with keys; 0: no limit."""
+    webhook_allow: str = ""
+    """Comma-separated hosts and networks to which webhooks may go though they are not public."""
     public_url: str | None = None
     hf_endpoints: str = "https://huggingface.co"
     """Comma-separated: the hubs that merges may import from and push to; the first is the default."""

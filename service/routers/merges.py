@@ -188,10 +188,14 @@ def get_task_file(
 def _create(services: Services, tenant: str, asked: MergeRequest, *, fresh: bool, **more: Any) -> None:
     """Enter a merge: ended already, when its job was done before, or else queued."""
     push = asked.push_to.resolved(services.hubs) if asked.push_to else None
+    webhook = asked.webhook.checked(services.webhook_allowed) if asked.webhook else None
     recipe, found = _plan(services, tenant, asked.recipe())
     if found is not None:  # what lies on other hubs is unknown, so such a job is never the same
         more.update(digest=job_digest(recipe), memory_bytes=int(found["estimate"]["memory_bytes"]))
     record = new_record(tenant, recipe, name=asked.name, priority=asked.priority, push=push, **more)
+    if webhook is not None:
+        given = webhook.model_dump()
+        services.webhooks.attach(tenant, record.id, **{**given, "events": tuple(given["events"])})
     if fresh or record.digest is None or reuse(services.jobs, services.storage, record) is None:
         services.jobs.submit(record)
     else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from merging.recipe import Recipe
 from service.documents import MergeRecord, MergeState, Priority, Push, PushState
@@ -12,6 +12,9 @@ from service.remote.references import Hubs, check_target
 from service.schemas.models import StoredFile
 from service.schemas.problem import Problem
 from service.sizes import size_for
+from service.webhooks.endpoints import EVENTS, EventType
+from service.webhooks.guard import MAX_URL, Allowed, check_url
+from service.webhooks.sign import check_secret
 
 
 class _Strict(BaseModel):
@@ -48,12 +51,37 @@ class PushStatus(_Strict):
     finished_at: str | None
 
 
+class WebhookTo(_Strict):
+    """Who is told of the end of this one merge."""
+
+    url: str = Field(max_length=MAX_URL, description="`https://host[:443|8443]/path`")
+    secret: str | None = Field(
+        default=None,
+        max_length=100,
+        description="`whsec_<base64>`, signs the message; default that of `GET /v1/webhooks/secret`",
+    )
+    events: list[EventType] = Field(default=list(EVENTS), min_length=1, max_length=len(EVENTS))
+
+    def checked(self, allowed: Allowed) -> WebhookTo:
+        """Itself. Raises ``webhook_url_invalid``, ``webhook_url_refused``, ``webhook_secret_invalid``."""
+        check_url(self.url, allowed, field="webhook.url")
+        if self.secret is not None:
+            check_secret(self.secret, field="webhook.secret")
+        return self
+
+
 class MergeRequest(Recipe):
     """A recipe, whose models are `ns/name[@revision]` or `merges/<id>`, and how to call the merge."""
 
     name: str | None = Field(default=None, min_length=1, max_length=200)
     push_to: PushTo | None = Field(default=None, description="where the result is pushed when it is there")
+    webhook: WebhookTo | None = Field(default=None, description="who is told of its end; a URL alone will do")
     priority: Priority = Field(default="normal", description="queued merges of a higher one start first")
+
+    @field_validator("webhook", mode="before")
+    @classmethod
+    def _url_alone(cls, value: Any) -> Any:
+        return {"url": value} if isinstance(value, str) else value
 
     @classmethod
     def read(cls, body: dict[str, Any]) -> MergeRequest:

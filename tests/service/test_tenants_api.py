@@ -38,7 +38,7 @@ class Guarded:
 
 @pytest.fixture(scope="module")
 def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guarded]:
-    running = Guarded(tmp_path_factory.mktemp("guarded"))
+    running = Guarded(tmp_path_factory.mktemp("guarded"), webhook_allow="127.0.0.1")
     yield running
     assert running.up.stop() == 0, running.up.log()
 
@@ -54,6 +54,8 @@ def things(guarded: Guarded, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     announced = {"model": "mine/a", "path": "b.json", "size": 2, "sha256": "0" * 64}
     with guarded.http(guarded.token("owner")) as http:
         upload = http.post("/v1/uploads", json=announced).json()
+        webhook = http.post("/v1/webhooks", json={"url": "http://127.0.0.1:9/"}).json()
+        delivery = http.post(f"/v1/webhooks/{webhook['id']}/ping").json()
     return {
         "ns": "mine",
         "name": "a",
@@ -63,6 +65,8 @@ def things(guarded: Guarded, tmp_path_factory: pytest.TempPathFactory) -> dict[s
         "merge_id": merge["id"],
         "upload_id": upload["id"],
         "number": "1",
+        "webhook_id": webhook["id"],
+        "delivery_id": delivery["id"],
         "key_id": guarded.keys.create("owner", ["read"])[1].id,
     }
 
@@ -153,6 +157,7 @@ def test_lists_hold_the_own_things_only(guarded: Guarded, things: dict[str, str]
         assert [item["model"] for item in http.get("/v1/models").json()["data"]] == ["mine/a"]
     with guarded.http(guarded.token("empty")) as http:
         assert http.get("/v1/merges").json()["data"] == http.get("/v1/models").json()["data"] == []
+        assert http.get("/v1/webhooks").json()["data"] == []
         assert len(http.get("/v1/keys").json()["data"]) == 1
 
 

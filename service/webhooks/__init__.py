@@ -1,0 +1,1 @@
+"""Webhooks: who wants to be told about merges, and the telling, signed as Standard Webhooks says."""
