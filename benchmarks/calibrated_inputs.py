@@ -1,11 +1,12 @@
-"""The quality suite as inputs of recipes that look at data: a transformers folder, tensors of token ids, heads.
+"""The quality suite as inputs of recipes that look at data: a transformers folder, token ids, heads.
 
-The suite ships a pruned vocabulary and ready token ids, so the base gets a configuration with that vocabulary and
-the samples are written as tensors with the ids renumbered.
+The suite ships a pruned vocabulary and ready token ids, so the base gets a configuration with that
+vocabulary and the samples are written as tensors with the ids renumbered.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,7 +96,7 @@ def _base(source: Path, folder: Path) -> torch.Tensor:
 def _samples(source: Path, vocabulary: torch.Tensor, path: Path) -> None:
     with np.load(source) as stored:
         flat, offsets = stored["tokens"].astype(np.int64), stored["offsets"].astype(np.int64)
-    rows = [torch.from_numpy(flat[a:b]) for a, b in zip(offsets[:-1], offsets[1:], strict=True)]
+    rows = [torch.from_numpy(flat[a:b]) for a, b in itertools.pairwise(offsets)]
     width = max(map(len, rows))
     ids = torch.zeros(len(rows), width, dtype=torch.int32)
     mask = torch.zeros(len(rows), width, dtype=torch.uint8)

@@ -44,13 +44,18 @@ def transformers() -> Any:
 
 
 class Base:
-    """A frozen model in float32 on ``device`` and those of its layers that the adapters name.
+    """A frozen model in float32 on ``device``; ``sizes`` are ``(m, n)`` of the layers that adapters name.
 
-    Raises :class:`InputError` ``base_model_invalid``, ``base_model_incomplete``, ``module_not_in_base``.
+    Raises :class:`InputError` ``base_model_invalid``, ``base_model_incomplete``, ``module_not_in_base``,
+    ``base_shape_mismatch``.
     """
 
     def __init__(
-        self, files: BaseFiles, names: Sequence[str], device: torch.device, kind: Kind = "body"
+        self,
+        files: BaseFiles,
+        sizes: Mapping[str, tuple[int, int]],
+        device: torch.device,
+        kind: Kind = "body",
     ) -> None:
         self.files = files
         self.device = device
@@ -58,7 +63,7 @@ class Base:
         self.model.requires_grad_(False).eval().to(device)
         self._modules = dict(self.model.named_modules())
         self.prefix = str(getattr(self.model, "base_model_prefix", ""))
-        self.layers = {name: self._layer(name) for name in names}
+        self.layers = {name: self._layer(name, shape) for name, shape in sizes.items()}
         self._parameters = dict(self.model.named_parameters())
 
     @property
@@ -107,12 +112,13 @@ class Base:
             for handle in handles:
                 handle.remove()
 
-    def _layer(self, name: str) -> nn.Module:
+    def _layer(self, name: str, size: tuple[int, int]) -> nn.Module:
         parts = name.split(".")
         candidates = (name, f"{self.prefix}.{name}", *(".".join(parts[i:]) for i in (1, 2) if i < len(parts)))
         for candidate in candidates:
             if candidate in self._modules:
                 found: nn.Module = self._modules[candidate]
+                self._check(name, found, size)
                 return found
         raise InputError(
             "module_not_in_base",
@@ -120,6 +126,17 @@ class Base:
             remedy="Give the base model that the adapters were trained on.",
             where={"module": name, "field": "base_model"},
         )
+
+    def _check(self, name: str, layer: nn.Module, size: tuple[int, int]) -> None:
+        shape = tuple(getattr(layer, "weight", torch.empty(0)).shape)
+        transposed = type(layer).__name__ == "Conv1D"
+        if shape != (size[::-1] if transposed else size):
+            raise InputError(
+                "base_shape_mismatch",
+                f"{name} is {size[0]} x {size[1]}, but the base model {self.files.folder.name} has {shape}",
+                remedy="Give the base model that the adapters were trained on.",
+                where={"module": name, "field": "base_model"},
+            )
 
 
 def _load(files: BaseFiles, kind: Kind) -> tuple[Any, tuple[str, ...]]:

@@ -18,6 +18,8 @@ def check_inputs(inputs: Inputs, adapters: Sequence[Adapter], modules: Mapping[s
     """
     _check_statistics(inputs, adapters)
     described = {name: adapters[present[0]].modules[name] for name, present in modules.items()}
+    if inputs.base is not None:
+        check_base(inputs.base, described)
     for name, module in described.items():
         if module.kind != "linear" or module.expert is not None:
             fail(
@@ -26,8 +28,6 @@ def check_inputs(inputs: Inputs, adapters: Sequence[Adapter], modules: Mapping[s
                 "Merge it with a method that needs no data.",
                 name,
             )
-        if inputs.base is not None:
-            check_module(inputs.base, module)
         for file in inputs.statistics:
             if file is None:
                 continue
@@ -91,25 +91,32 @@ def _check_statistics(inputs: Inputs, adapters: Sequence[Adapter]) -> None:
         )
 
 
-def check_module(base: BaseFiles, module: Module) -> None:
-    """Raise ``module_not_in_base`` or ``base_shape_mismatch``."""
-    key = base_key(base, module.name)
-    if key is None:
-        fail(
-            "module_not_in_base",
-            f"the base model {base.folder.name} has no layer {module.name}",
-            "Give the base model that the adapters were trained on.",
-            module.name,
-        )
-    shape = base.tensors[key].shape
-    wanted = (module.n, module.m) if base.model_type in TRANSPOSED else (module.m, module.n)
-    if shape != wanted:
-        fail(
-            "base_shape_mismatch",
-            f"{module.name} is {module.m} x {module.n}, but the base has {shape}",
-            "Give the base model that the adapters were trained on.",
-            module.name,
-        )
+def check_base(base: BaseFiles, modules: Mapping[str, Module]) -> None:
+    """Raise ``module_not_in_base`` or ``base_shape_mismatch``.
+
+    Some models have other names in their files than in memory; where no layer is found, loading decides.
+    """
+    keys = {name: base_key(base, name) for name in modules}
+    if not any(keys.values()):
+        return
+    for name, module in modules.items():
+        key = keys[name]
+        if key is None:
+            fail(
+                "module_not_in_base",
+                f"the base model {base.folder.name} has no layer {name}",
+                "Give the base model that the adapters were trained on.",
+                name,
+            )
+        shape = base.tensors[key].shape
+        wanted = (module.n, module.m) if base.model_type in TRANSPOSED else (module.m, module.n)
+        if shape != wanted:
+            fail(
+                "base_shape_mismatch",
+                f"{name} is {module.m} x {module.n}, but the base has {shape}",
+                "Give the base model that the adapters were trained on.",
+                name,
+            )
 
 
 def base_key(base: BaseFiles, name: str) -> str | None:

@@ -87,7 +87,8 @@ class EncoderClassifier:
         assert inputs.base is not None
         self.seed = seed
         self.batch_size = batch_size
-        self.base = Base(inputs.base, [part.name for part in components], device, _kind(inputs))
+        sizes = {part.name: (part.U.shape[0], part.V.shape[1]) for part in components}
+        self.base = Base(inputs.base, sizes, device, _kind(inputs))
         if inputs.settings.head.pooling == "pooler" and any("pooler" in key for key in self.base.missing):
             raise InputError(
                 "base_model_incomplete",

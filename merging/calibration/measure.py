@@ -62,8 +62,8 @@ def measure(prepared: Prepared, folder: Path, device: torch.device, tick: Tick) 
         return {}
     assert inputs is not None
     assert inputs.base is not None
-    names = list(prepared.table.modules)
-    base = Base(inputs.base, names, device)
+    modules = {name: prepared.module(name) for name in prepared.table.modules}
+    base = Base(inputs.base, {name: (module.m, module.n) for name, module in modules.items()}, device)
     tokenizer = None if inputs.tokenizer is None else load_tokenizer(inputs.tokenizer, base)
     labels = task_names(prepared.labels)
     jobs = []
@@ -78,7 +78,7 @@ def measure(prepared: Prepared, folder: Path, device: torch.device, tick: Tick) 
         with _model(prepared, base, job.task) as replaced:
             look(base, job.samples, job.watch, replaced)
     written = {}
-    sizes = {name: prepared.module(name).n for name in names}
+    sizes = {name: module.n for name, module in modules.items()}
     for job in jobs:
         with _model(prepared, base, job.task) as replaced:
             for _done in collect(base, job.samples, job.watch, replaced, sizes):

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import merging
 import pytest
 import torch
 from adapters import write_adapter
@@ -22,6 +21,7 @@ from tiny_models import (
     write_tokenizer,
 )
 
+import merging
 from merging.calibration.write import write_statistics
 from merging.errors import InputError
 
@@ -30,12 +30,10 @@ Recipe = dict[str, Any]
 
 def refused(recipe: Recipe, tmp_path: Path, *, planned: bool = True) -> InputError:
     """The error; ``planned`` ones come from the plan already."""
+    if not planned:
+        merging.plan(recipe)
     with pytest.raises(InputError) as caught:
-        if planned:
-            merging.plan(recipe)
-        else:
-            merging.plan(recipe)
-            merging.merge(recipe, tmp_path / "refused")
+        merging.plan(recipe) if planned else merging.merge(recipe, tmp_path / "refused")
     assert not (tmp_path / "refused").exists()
     return caught.value
 

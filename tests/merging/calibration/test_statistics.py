@@ -1,11 +1,10 @@
-"""Statistics of activations: what is summed, what is written, and that data and statistics give one result."""
+"""Statistics of activations: what is summed and written; data and statistics give one result."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-import merging
 import pytest
 import torch
 from golden import assert_close
@@ -14,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import MODULES
 from torch import Tensor
 
+import merging
 from merging.calibration.statistics import GramSum, Sketch
 from merging.calibration.statistics_file import METADATA_KEY, StatisticsFile
 from merging.calibration.write import write_statistics
