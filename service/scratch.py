@@ -10,12 +10,15 @@ import fcntl
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 _PREFIX = "work-"
 _LOCK = "owner.lock"
+_MOMENT_SECONDS = 5.0
+"""A folder has no lock for less than this, while it is made or removed."""
 
 
 class Scratch:
@@ -25,7 +28,10 @@ class Scratch:
         root.mkdir(mode=0o700, parents=True, exist_ok=True)
         while True:
             self.path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=root))
-            self._handle = os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            try:
+                self._handle = os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            except FileNotFoundError:
+                continue
             fcntl.flock(self._handle, fcntl.LOCK_EX)
             if (self.path / _LOCK).exists():  # else it was swept away before it was locked
                 return
@@ -47,13 +53,23 @@ def scratch(root: Path) -> Iterator[Path]:
         owned.close()
 
 
+def _age(folder: Path) -> float:
+    try:
+        return time.time() - folder.stat().st_mtime
+    except OSError:
+        return 0.0
+
+
 def sweep(root: Path) -> int:
     """Remove the folders of dead owners; how many."""
     removed = 0
     for folder in sorted(root.glob(f"{_PREFIX}*")):
         try:
             handle = os.open(folder / _LOCK, os.O_RDWR | os.O_CLOEXEC)
-        except OSError:  # just being made, or just being removed
+        except OSError:  # just being made, or just being removed; unless its owner died right then
+            if _age(folder) > _MOMENT_SECONDS:
+                shutil.rmtree(folder, ignore_errors=True)
+                removed += 1
             continue
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -33,7 +33,6 @@ _QUIET_SECONDS = 5.0
 """After an outage of Redis, workers get so long to be heard of again before they are taken for dead."""
 _BACKOFF_SECONDS = (0.1, 0.5, 2.0, 10.0, 30.0)
 _STABLE_SECONDS = 60.0
-WORKER_GRACE_SECONDS = 25.0
 _log = logging.getLogger("merganser.supervisor")
 
 
@@ -72,7 +71,7 @@ class Supervisor:
         """Free at once what the workers of a predecessor held, all of which died with it."""
         self._reaper.free_all()
 
-    async def run(self, stop: asyncio.Event, *, grace: float = WORKER_GRACE_SECONDS) -> None:
+    async def run(self, stop: asyncio.Event, *, grace: float) -> None:
         """Supervise until ``stop``; running merges then get ``grace`` seconds, and are queued again."""
         loops = [
             asyncio.create_task(self._repeat(stop, self._tidy)),
@@ -193,7 +192,7 @@ def run_worker(settings: Settings) -> int:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stop.set)
-        await supervisor.run(stop)
+        await supervisor.run(stop, grace=settings.drain_seconds)
 
     asyncio.run(run())
     return 0

@@ -13,6 +13,7 @@ from service.client import Client
 from tests.redis_server import connection, jobs, redis_server, storage  # noqa: F401 (fixtures)
 from tests.running import Up, push
 from tests.seaweed import seaweed  # noqa: F401 (fixture)
+from tests.workers.split import Split
 
 MODULES = {f"layers.{i}.q_proj": (640 + 8 * i, 640) for i in range(12)}
 """No two modules have the same shape, so the engine reports after each of them."""
@@ -30,6 +31,20 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Up]]:
     yield start
     for up in running:
         up.stop()
+
+
+@pytest.fixture
+def split(tmp_path: Path) -> Iterator[Callable[..., Split]]:
+    """Starts the Redis of a split deployment with settings of the test's choice."""
+    made: list[Split] = []
+
+    def split(**settings: str) -> Split:
+        made.append(Split(tmp_path, **settings))
+        return made[-1]
+
+    yield split
+    for deployment in made:
+        deployment.stop()
 
 
 @pytest.fixture(scope="session")

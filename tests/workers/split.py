@@ -21,7 +21,7 @@ from tests.running import ROOT, command, descendants, until
 class Split:
     """Processes of one deployment in a folder. Nothing is started but the Redis."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, **settings: str) -> None:
         self.data = folder / "data"
         self.storage = folder / "objects"
         self._lock = DataLock(folder / "server")
@@ -40,6 +40,7 @@ class Split:
             "MERGANSER_DATA_DIR": str(self.data),
             "MERGANSER_DEVICES": "cpu",
             "MERGANSER_PORT": str(port),
+            **{f"MERGANSER_{name.upper()}": value for name, value in settings.items()},
         }
 
     def serve(self) -> subprocess.Popen[bytes]:

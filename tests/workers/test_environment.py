@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -29,6 +30,16 @@ def test_scratch_folders_of_the_dead_are_swept(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [living.path]
     living.close()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_whose_owner_died_while_removing_it_is_swept(tmp_path: Path) -> None:
+    young, old = tmp_path / "work-young", tmp_path / "work-old"
+    for folder in (young, old):
+        folder.mkdir()
+        (folder / "result").write_text("x")
+    os.utime(old, (0, 0))
+    assert sweep(tmp_path) == 1
+    assert list(tmp_path.iterdir()) == [young]
 
 
 class TestDevices:

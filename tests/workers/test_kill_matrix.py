@@ -40,13 +40,6 @@ def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
     up.stop()
 
 
-@pytest.fixture
-def split(tmp_path: Path) -> Iterator[Split]:
-    split = Split(tmp_path)
-    yield split
-    split.stop()
-
-
 def kill_horse(up: Up) -> float:
     os.kill(up.horse(), signal.SIGKILL)
     return 0.0
@@ -118,43 +111,73 @@ def test_of_one_machine(up: Up, middling: list[Path], row: Row) -> None:
     nothing_in_hand(up)
 
 
-def test_a_redis_outage_in_which_the_merge_ends(split: Split, middling: list[Path]) -> None:
-    split.serve()
-    split.work()
-    with split.client() as client:
+def test_a_redis_outage_in_which_the_merge_ends(split: Callable[..., Split], middling: list[Path]) -> None:
+    service = split()
+    service.serve()
+    service.work()
+    with service.client() as client:
         merge_id = submit_slow(client, middling)
         in_the_middle(client, merge_id)
-        horse = split.horse()
-        split.server.stop()
+        horse = service.horse()
+        service.server.stop()
         down = time.monotonic()
         assert client._http.get("/readyz").status_code == 503
         time.sleep(OUTAGE_SECONDS - (time.monotonic() - down))
         assert alive(horse)  # it has a result and holds on to it
-        split.server.start()
+        service.server.start()
         back = time.time()
-        finished_once(split, client, merge_id, (1,))
+        finished_once(service, client, merge_id, (1,))
         seconds = recovery(client, merge_id, back, 1)
         _log.info("a Redis outage of %.0f s: the merge ended %.2f s after it", OUTAGE_SECONDS, seconds)
         assert seconds < RECOVERY_SECONDS
-    nothing_in_hand(split)
+    nothing_in_hand(service)
 
 
-def test_a_killed_supervisor_whose_work_another_machine_takes(split: Split, middling: list[Path]) -> None:
-    split.serve()
-    supervisors = [split.work(), split.work()]
-    with split.client() as client:
+def test_a_killed_supervisor_whose_work_another_machine_takes(
+    split: Callable[..., Split], middling: list[Path]
+) -> None:
+    service = split()
+    service.serve()
+    supervisors = [service.work(), service.work()]
+    with service.client() as client:
         merge_id = submit_slow(client, middling)
         in_the_middle(client, merge_id)
-        horse = split.horse()
+        horse = service.horse()
         (busy,) = [process for process in supervisors if horse in descendants(process.pid)]
         struck = time.time()
         busy.kill()
         until(lambda: not alive(horse), what="its work-horse dies with it", patience=2)
-        finished_once(split, client, merge_id, (2,))
+        finished_once(service, client, merge_id, (2,))
         seconds = recovery(client, merge_id, struck, 2)
         _log.info("kill_supervisor: another machine went on after %.2f s", seconds)
         assert seconds < RECOVERY_SECONDS
-    nothing_in_hand(split)
+    nothing_in_hand(service)
+
+
+def test_a_silent_worker_that_comes_back_publishes_nothing(
+    split: Callable[..., Split], middling: list[Path]
+) -> None:
+    """It was not dead, only frozen, and another machine has done its work meanwhile."""
+    service = split()
+    service.serve()
+    supervisors = [service.work(), service.work()]
+    with service.client() as client:
+        merge_id = submit_slow(client, middling)
+        in_the_middle(client, merge_id)
+        horse = service.horse()
+        (busy,) = [process for process in supervisors if horse in descendants(process.pid)]
+        frozen = [busy.pid, *descendants(busy.pid)]
+        struck = time.time()
+        for pid in frozen:
+            os.kill(pid, signal.SIGSTOP)
+        until(lambda: client.merge(merge_id)["attempts"] == 2, what="another starts it", patience=15)
+        for pid in frozen:
+            os.kill(pid, signal.SIGCONT)
+        finished_once(service, client, merge_id, (2,))
+        seconds = recovery(client, merge_id, struck, 2)
+        _log.info("freeze_worker: another machine went on after %.2f s", seconds)
+        assert seconds < RECOVERY_SECONDS
+    nothing_in_hand(service)
 
 
 def test_random_moments_of_the_publication(up: Up, tmp_path: Path) -> None:
@@ -192,10 +215,11 @@ def horse_or_none(up: Up) -> int | None:
 class TestApi:
     """The API dies; the workers are none the wiser, and clients go on where they were."""
 
-    def test_in_the_middle_of_a_stream(self, split: Split, middling: list[Path]) -> None:
-        api = split.serve()
-        split.work()
-        with split.client() as client:
+    def test_in_the_middle_of_a_stream(self, split: Callable[..., Split], middling: list[Path]) -> None:
+        service = split()
+        api = service.serve()
+        service.work()
+        with service.client() as client:
             merge_id = submit_slow(client, middling)
             seen = []
             with contextlib.suppress(httpx.TransportError):
@@ -205,15 +229,16 @@ class TestApi:
                         api.kill()
             struck = time.monotonic()
             assert seen[-1][2].get("state") is None  # it was cut off
-            split.serve()
+            service.serve()
             for event in client.events(merge_id, after=seen[-1][0]):
                 seen.append(event)
             assert time.monotonic() - struck < RECOVERY_SECONDS
-            finished_once(split, client, merge_id, (1,))
+            finished_once(service, client, merge_id, (1,))
             assert seen == list(client.events(merge_id))
 
-    def test_in_the_middle_of_an_upload(self, split: Split, tmp_path: Path) -> None:
-        api = split.serve()
+    def test_in_the_middle_of_an_upload(self, split: Callable[..., Split], tmp_path: Path) -> None:
+        service = split()
+        api = service.serve()
         folder = write_adapter(tmp_path / "adapter", rank=256, modules={"q_proj": (4096, 4096)})
         weights = (folder / "adapter_model.safetensors").read_bytes()
         half_sent = threading.Event()
@@ -231,18 +256,20 @@ class TestApi:
 
         killer = threading.Thread(target=kill)
         killer.start()
-        with split.client() as client:
+        with service.client() as client:
             path = "/v1/models/kill/upload/files/adapter_model.safetensors"
             headers = {"Content-Length": str(len(weights)), "Content-Type": "application/octet-stream"}
             with pytest.raises(httpx.TransportError):
                 client._http.put(path, content=halting(), headers=headers)
             killer.join()
             struck = time.monotonic()
-            split.serve()
+            service.serve()
             assert client._http.get("/v1/models/kill/upload").status_code == 404
             assert client._http.post("/v1/models/kill/upload/commit").status_code in (404, 409, 422)
             assert client._http.get("/v1/models").json()["data"] == []
-            assert not [file for file in split.storage.rglob("*") if file.is_file() and whole(file, weights)]
+            assert not [
+                file for file in service.storage.rglob("*") if file.is_file() and whole(file, weights)
+            ]
             revision = client.push_dir(folder, "kill/upload")
             assert time.monotonic() - struck < RECOVERY_SECONDS
             assert revision["modules"] == 1
