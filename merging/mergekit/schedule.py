@@ -200,9 +200,7 @@ class _Scheduler:
         shape = self._shape(name, inputs)
         dtypes = sorted({info.dtype for info in infos})
         copy = not all(dtype in FLOATS for dtype in dtypes) or name.endswith("rotary_emb.inv_freq")
-        if copy and len(dtypes) > 1:
-            raise self._mismatch("mergekit_buffer", name, f"has different dtypes: {', '.join(dtypes)}")
-        unmerged = [dtype for dtype in dtypes if dtype.startswith(("F8", "F6", "F4"))]
+        unmerged = [dtype for dtype in dtypes if dtype.startswith("F") and dtype not in FLOATS]
         if unmerged:
             raise InputError(
                 "mergekit_dtype",
@@ -210,6 +208,8 @@ class _Scheduler:
                 remedy="Dequantise the model first.",
                 where={"module": name},
             )
+        if copy and len(dtypes) > 1:
+            raise self._mismatch("mergekit_buffer", name, f"has different dtypes: {', '.join(dtypes)}")
         dtype = dtypes[0] if copy else self.config.dtype or promoted(dtypes)
         out_dtype = dtype if copy else self.config.out_dtype or dtype
         base = self._base(part) if self.config.method.base == "required" else None
