@@ -43,8 +43,9 @@ bench: $(VENV)/.dev  ## time the merge step against its floor and against PEFT
 openapi: $(VENV)/.dev  ## write openapi.yaml from the app
 	$(BIN)/python -m service.openapi
 
-docs: $(VENV)/.dev  ## write docs/methods from the catalogue
+docs: $(VENV)/.dev  ## write docs/methods from the catalogue and docs/errors.md from the sources
 	$(BIN)/python docs/generate.py
+	$(BIN)/python docs/errors_page.py
 
 clean:  ## remove what the targets above made, the environment included
 	rm -rf $(VENV) demo-output build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

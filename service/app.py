@@ -15,7 +15,19 @@ from service.gates import BODY_LIMIT, HostGate, LengthGate
 from service.hub import lfs as hub_lfs
 from service.hub import router as hub
 from service.hub import writing as hub_writing
-from service.routers import events, health, keys, merges, methods, metrics, models, pushes, uploads, webhooks
+from service.routers import (
+    events,
+    health,
+    keys,
+    merges,
+    methods,
+    metrics,
+    models,
+    pages,
+    pushes,
+    uploads,
+    webhooks,
+)
 from service.settings import Settings
 from service.telemetry import RequestCounts, Telemetry
 
@@ -51,7 +63,20 @@ def create_app(settings: Settings) -> FastAPI:
     if settings.auth == "off":
         app.add_middleware(HostGate, settings=settings)
     hubs = (hub, hub_writing, hub_lfs)
-    for module in (models, uploads, merges, pushes, events, webhooks, methods, keys, metrics, health, *hubs):
+    for module in (
+        models,
+        uploads,
+        merges,
+        pushes,
+        events,
+        webhooks,
+        methods,
+        keys,
+        metrics,
+        health,
+        pages,
+        *hubs,
+    ):
         app.include_router(module.router)
     app.state.counts = RequestCounts()
     app.add_middleware(Telemetry, counts=app.state.counts)  # the last one added is the outermost

@@ -18,7 +18,9 @@ from service.settings import Settings
 from service.storage import Storage
 from tests.running import Up, push
 
-OPEN = {"/healthz", "/readyz", "/openapi.json", "/hf/api/validate-yaml"}
+OPEN = {"/healthz", "/readyz", "/openapi.json", "/hf/api/validate-yaml"} | {
+    f"/docs{file}" for file in ("", "/docs.js", "/swagger-ui-bundle.js", "/swagger-ui.css")
+}
 
 
 class Guarded:
