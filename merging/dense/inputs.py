@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from merging import catalog
 from merging.errors import InputError
 from merging.formats.adapter import Adapter, open_adapter
 from merging.formats.checkpoint_in import holds_checkpoint, open_checkpoint
@@ -40,6 +41,8 @@ def wants_dense(recipe: Recipe, resolve: Resolve) -> bool:
     """Whether a recipe needs the dense route: an input is dense, or the output is a checkpoint."""
     if recipe.output.format == "checkpoint":
         return True
+    if catalog.get(recipe.merge_method).contract.initial:
+        return False  # there are no models yet
     return any(is_dense(resolve(entry.model)) for entry in recipe.models)
 
 

@@ -83,6 +83,10 @@ class MergekitConfig:
         return tuple(dict.fromkeys(found))
 
 
+LISTS = ("target_modules",)
+"""Parameters of our own methods that are lists."""
+
+
 def is_mergekit(data: Any) -> bool:
     """Is a parsed document meant for mergekit rather than a recipe?
 
@@ -99,7 +103,8 @@ def is_mergekit(data: Any) -> bool:
         places += [model.get("parameters") for model in models if isinstance(model, Mapping)]
     parameters = [place for place in places if isinstance(place, Mapping)]
     return any(
-        "int8_mask" in place or any(isinstance(value, list | dict) for value in place.values())
+        "int8_mask" in place
+        or any(isinstance(value, list | dict) for key, value in place.items() if key not in LISTS)
         for place in parameters
     )
 
