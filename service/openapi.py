@@ -78,6 +78,8 @@ def _amend(operation: dict[str, Any]) -> None:
         body["schema"] = {"$ref": _REF.format(model="MergeRequest")}
     if any(parameter["name"] == "signature" for parameter in operation.get("parameters", [])):
         operation["security"] = [*operation.get("security", []), {}]  # a signed URL needs no key
+    if name == "create_upload":
+        responses["200"] = {**responses["201"], "description": "It was announced before and goes on"}
     if name in ("create_merge", "retry_merge"):
         text = {"schema": {"type": "string"}}
         responses["202"]["headers"] = {"Location": {"description": "The merge", **text}}

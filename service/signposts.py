@@ -19,6 +19,11 @@ _NEW_MERGE: dict[str, dict[str, str]] = {
     "get_result_file": {**_MERGE, "path": "adapter_config.json"},
 }
 
+_WEBHOOK_CALLS = {
+    name: {"webhook_id": "$response.body#/id"}
+    for name in ("get_webhook", "delete_webhook", "enable_webhook", "ping_webhook", "list_deliveries")
+}
+
 _LINKS: dict[str, dict[str, dict[str, dict[str, str]]]] = {
     "put_file": {"201": {"commit": _MODEL}},
     "commit": {
@@ -44,6 +49,19 @@ _LINKS: dict[str, dict[str, dict[str, dict[str, str]]]] = {
     "list_result_files": {
         "200": {"get_result_file": {**_SAME_MERGE, "path": "$response.body#/0/path"}},
     },
+    "create_upload": {
+        code: {name: {"upload_id": "$response.body#/id"} for name in ("get_upload", "abort_upload")}
+        for code in ("200", "201")
+    },
+    "create_webhook": {"201": _WEBHOOK_CALLS},
+    "ping_webhook": {
+        "202": {
+            "retry_delivery": {
+                "webhook_id": "$request.path.webhook_id",
+                "delivery_id": "$response.body#/id",
+            }
+        }
+    },
     "create_key": {"201": {"revoke_key": {"key_id": "$response.body#/id"}}},
     "list_methods": {"200": {"get_method": {"name": "$response.body#/0/name"}}},
 }
@@ -59,6 +77,12 @@ _RECIPE = {
 _BODIES: dict[str, dict[str, Any]] = {
     "create_merge": _RECIPE,
     "plan_merge": _RECIPE,
+    "create_upload": {
+        "model": "acme/task-a",
+        "path": "adapter_model.safetensors",
+        "size": 1000,
+        "sha256": "0" * 64,
+    },
     "create_key": {"scopes": ["write"], "name": "ci"},
 }
 

@@ -24,7 +24,7 @@ from service.webhooks.guard import check_url
 from service.webhooks.messages import ping
 from service.webhooks.sign import check_secret
 
-router = APIRouter(prefix="/v1/webhooks", tags=["webhooks"])
+router = APIRouter(tags=["webhooks"])
 messages = APIRouter()
 """What receivers get; it is described, not served."""
 
@@ -35,7 +35,7 @@ _Time = Annotated[str, Header(description="seconds since the epoch")]
 _Signature = Annotated[str, Header(description="`v1,<base64 of HMAC-SHA256 over id.timestamp.body>`")]
 
 
-@router.post("", status_code=status.HTTP_201_CREATED, max_body_size=BODY_LIMIT)
+@router.post("/v1/webhooks", status_code=status.HTTP_201_CREATED, max_body_size=BODY_LIMIT)
 def create_webhook(services: ServicesDep, tenant: TenantDep, body: WebhookRequest) -> NewWebhook:
     """Register an endpoint for the ends of all merges. Its secret is in this answer and in no other."""
     check_url(body.url, services.webhook_allowed)
@@ -47,25 +47,25 @@ def create_webhook(services: ServicesDep, tenant: TenantDep, body: WebhookReques
     return NewWebhook(**shown, secret=services.webhooks.secret_of(endpoint))
 
 
-@router.get("")
+@router.get("/v1/webhooks")
 def list_webhooks(services: ServicesDep, tenant: TenantDep) -> WebhookList:
     """The registered endpoints, the oldest first."""
     return WebhookList(data=[Webhook.of(endpoint) for endpoint in services.webhooks.every(tenant)])
 
 
-@router.get("/secret")
+@router.get("/v1/webhook-secret")
 def get_webhook_secret(services: ServicesDep, tenant: AdminDep) -> WebhookSecret:
     """What verifies the messages of merges whose `webhook` brought no secret."""
     return WebhookSecret(secret=services.webhooks.tenant_secret(tenant))
 
 
-@router.get("/{webhook_id}")
+@router.get("/v1/webhooks/{webhook_id}")
 def get_webhook(services: ServicesDep, tenant: TenantDep, webhook_id: WebhookId) -> Webhook:
     """One endpoint. That of the merge `mrg_X` is `whk_X`."""
     return Webhook.of(services.webhooks.get(tenant, webhook_id))
 
 
-@router.delete("/{webhook_id}", status_code=status.HTTP_204_NO_CONTENT)
+@router.delete("/v1/webhooks/{webhook_id}", status_code=status.HTTP_204_NO_CONTENT)
 def delete_webhook(services: ServicesDep, tenant: TenantDep, webhook_id: WebhookId) -> None:
     """Forget an endpoint; what was on its way to it is dropped."""
     services.webhooks.get(tenant, webhook_id)
@@ -73,13 +73,13 @@ def delete_webhook(services: ServicesDep, tenant: TenantDep, webhook_id: Webhook
     services.deliveries.drop_all(tenant, webhook_id)
 
 
-@router.post("/{webhook_id}/enable")
+@router.post("/v1/webhooks/{webhook_id}/enable")
 def enable_webhook(services: ServicesDep, tenant: TenantDep, webhook_id: WebhookId) -> Webhook:
     """Let an endpoint that was disabled be told again."""
     return Webhook.of(services.webhooks.enable(tenant, webhook_id))
 
 
-@router.post("/{webhook_id}/ping", status_code=status.HTTP_202_ACCEPTED)
+@router.post("/v1/webhooks/{webhook_id}/ping", status_code=status.HTTP_202_ACCEPTED)
 def ping_webhook(services: ServicesDep, tenant: TenantDep, webhook_id: WebhookId) -> Delivery:
     """Send an endpoint a message of the type `webhook.ping`."""
     endpoint = services.webhooks.get(tenant, webhook_id)
@@ -88,7 +88,7 @@ def ping_webhook(services: ServicesDep, tenant: TenantDep, webhook_id: WebhookId
     return services.deliveries.get(tenant, webhook_id, message.id)
 
 
-@router.get("/{webhook_id}/deliveries")
+@router.get("/v1/webhooks/{webhook_id}/deliveries")
 def list_deliveries(
     services: ServicesDep, tenant: TenantDep, webhook_id: WebhookId, limit: Limit = 50, cursor: Cursor = None
 ) -> DeliveryPage:
@@ -98,7 +98,7 @@ def list_deliveries(
     return DeliveryPage(data=found, next_cursor=following)
 
 
-@router.post("/{webhook_id}/deliveries/{delivery_id}/retry", status_code=status.HTTP_202_ACCEPTED)
+@router.post("/v1/webhooks/{webhook_id}/deliveries/{delivery_id}/retry", status_code=status.HTTP_202_ACCEPTED)
 def retry_delivery(
     services: ServicesDep, tenant: TenantDep, webhook_id: WebhookId, delivery_id: DeliveryId
 ) -> Delivery:

@@ -58,7 +58,7 @@ class WebhookTo(_Strict):
     secret: str | None = Field(
         default=None,
         max_length=100,
-        description="`whsec_<base64>`, signs the message; default that of `GET /v1/webhooks/secret`",
+        description="`whsec_<base64>`, signs the message; default that of `GET /v1/webhook-secret`",
     )
     events: list[EventType] = Field(default=list(EVENTS), min_length=1, max_length=len(EVENTS))
 

@@ -81,7 +81,7 @@ def test_a_registered_one_hears_of_every_merge(hooked: Up, model: str, there: Re
 @pytest.mark.parametrize("alone", [False, True], ids=["with a secret", "a URL alone"])
 def test_a_merge_brings_its_own(hooked: Up, model: str, there: Receiver, alone: bool) -> None:
     if alone:
-        secret, webhook = hooked.http.get("/v1/webhooks/secret").json()["secret"], there.url
+        secret, webhook = hooked.http.get("/v1/webhook-secret").json()["secret"], there.url
     else:
         secret = new_secret()
         webhook = {"url": there.url, "secret": secret, "events": ["merge.succeeded"]}
