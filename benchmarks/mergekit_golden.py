@@ -31,7 +31,9 @@ SEED = 0
 class Pinned:
     """mergekit's tie order and random masks made reproducible."""
 
-    def __init__(self) -> None:
+    def __init__(self, keys: dict[str, str] | None = None) -> None:
+        self.keys = keys or {}
+        """What stands for the content of a model, by its path; its name otherwise."""
         self.tensor = ""
         self.inputs: Iterator[str] = iter(())
 
@@ -59,13 +61,17 @@ class Pinned:
         def told(method: Any, group: Any, /, **parameters: Any) -> torch.Tensor:
             self.tensor = group.metadata.name
             dense = parameters["density"]
-            self.inputs = iter(Path(str(e.id)).name for e in group.non_base if dense[e.id] < 1)
+            self.inputs = iter(self.key(str(e.id)) for e in group.non_base if dense[e.id] < 1)
             return merge_group(method, group, **parameters)
 
         torch.argsort, torch.sort, torch.topk = stable_argsort, stable_sort, first_topk
         torch.Tensor.argsort = method_argsort
         torch.bernoulli = self.bernoulli
         Family.merge_group = told
+
+    def key(self, model: str) -> str:
+        """The key of a model's streams."""
+        return self.keys.get(model, Path(model).name)
 
     def bernoulli(self, chances: torch.Tensor) -> torch.Tensor:
         """Ones where the next number of the input's stream is below the chance."""
