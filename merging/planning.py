@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from merging import catalog
+from merging import catalog, hub
 from merging.calibration.checks import check_inputs
 from merging.calibration.inputs import Inputs, find_inputs, refuse_data
 from merging.calibration.outlook import outlook
@@ -68,7 +68,9 @@ class Prepared:
 
 
 def local_path(reference: str) -> Path:
-    """Resolve a model reference to a local folder. Raises ``model_not_found``."""
+    """Resolve a model reference to a local folder, or ``hf://org/name``. Raises ``model_not_found``."""
+    if reference.startswith(hub.SCHEME):
+        return hub.snapshot(reference)
     path = Path(reference)
     if path.exists():
         return path

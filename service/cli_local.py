@@ -32,6 +32,9 @@ def add_commands(commands: Any) -> None:
     )
     merge.add_argument("--overwrite", action="store_true", help="replace an existing DIR")
     merge.add_argument("--quiet", action="store_true", help="no progress")
+    merge.add_argument(
+        "--checkpoint", type=Path, metavar="FILE", help="where adarank keeps its state, to go on after a stop"
+    )
     merge.set_defaults(run=_merge)
 
     plan = commands.add_parser(
@@ -85,6 +88,7 @@ def _merge(args: argparse.Namespace) -> int:
             threads=args.threads,
             progress=follow,
             overwrite=args.overwrite,
+            checkpoint=args.checkpoint,
         )
     for warning in result.report.get("warnings", []):
         note(f"warning: {warning['message']}")
