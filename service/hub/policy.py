@@ -27,8 +27,8 @@ class Budget:
     """
 
     def __init__(self, user_agent: str) -> None:
-        found = _CLIENT.search(user_agent)
-        self._regular = REGULAR_LIMIT if found and int(found.group(1)) >= 1 else _ALWAYS_REGULAR
+        found = _version(user_agent)
+        self._regular = REGULAR_LIMIT if found is not None and found >= 1 else _ALWAYS_REGULAR
         self._left = _REGULAR_TOTAL
 
     def mode(self, size: int) -> Mode:
@@ -37,6 +37,20 @@ class Budget:
             return "lfs"
         self._left -= size
         return "regular"
+
+
+def before_one(user_agent: str) -> bool:
+    """Whether the client is ``huggingface_hub`` 0.x, which misreads addresses below an endpoint with a path.
+
+    It is told ``hf://`` addresses instead, and never that a file has not changed, since it would then make
+    up such an address by itself.
+    """
+    return _version(user_agent) == 0
+
+
+def _version(user_agent: str) -> int | None:
+    found = _CLIENT.search(user_agent)
+    return int(found.group(1)) if found else None
 
 
 def ignored(path: str) -> bool:

@@ -40,7 +40,7 @@ async def hub_create(request: Request, services: ServicesDep, tenant: TenantDep)
     """Make an empty repository. One that exists is a conflict, with its address, as clients expect."""
     ns, name = _named(await json_object(request), tenant)
     model = check_model(ns, name)
-    address = {"url": f"{base_url(request, services)}/{model}", "name": model, "id": model}
+    address = {"url": _address(request, services, model), "name": model, "id": model}
     made = await run_in_threadpool(services.registry.revise, tenant, model, None, ())
     if made is None:
         told = f"You already created this model repo: {model}"
@@ -76,10 +76,10 @@ async def hub_preupload(
     files = (await json_object(request)).get("files")
     if not isinstance(files, list):
         raise ServiceError("request_invalid", "the body has no list `files`")
-    budget = policy.Budget(request.headers.get("user-agent", ""))
-    return {
-        "files": [await run_in_threadpool(_advice, services, tenant, newest, item, budget) for item in files]
-    }
+    agent = request.headers.get("user-agent", "")
+    budget = policy.Budget(agent)
+    rows = [await run_in_threadpool(_advice, services, tenant, newest, item, budget) for item in files]
+    return {"files": [{**row, "oid": None} for row in rows] if policy.before_one(agent) else rows}
 
 
 @router.post("/api/models/{ns}/{name}/commit/{revision}", max_body_size=COMMIT_LIMIT)
@@ -108,7 +108,7 @@ async def hub_commit(
     except MergeError:
         await drain(request)
         raise
-    url = f"{base_url(request, services)}/{made.model}/commit/{made.revision}"
+    url = f"{_address(request, services, made.model)}/commit/{made.revision}"
     return {"success": True, "commitOid": made.revision, "commitUrl": url, "hookOutput": ""}
 
 
@@ -127,6 +127,12 @@ def base_url(request: Request, services: Services) -> str:
     """The address of the Hub as the client knows it."""
     public = services.settings.public_url
     return f"{public or str(request.base_url).rstrip('/')}/hf"
+
+
+def _address(request: Request, services: Services, model: str) -> str:
+    if policy.before_one(request.headers.get("user-agent", "")):
+        return f"hf://{model}"
+    return f"{base_url(request, services)}/{model}"
 
 
 def _named(body: dict[str, Any], tenant: str) -> tuple[str, str]:
