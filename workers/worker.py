@@ -13,11 +13,13 @@ import sys
 from typing import Any
 
 import redis
+from redis.client import Pipeline
 from rq import SpawnWorker
 from rq.executions import Execution
 from rq.job import Job
 from rq.queue import Queue
 from rq.serializers import JSONSerializer
+from rq.worker_registration import register
 
 from service.broker import TRANSIENT, merge_key, queue_name
 from service.records import decode
@@ -54,6 +56,14 @@ class MergeWorker(SpawnWorker):
     def get_heartbeat_ttl(self, job: Job, working_time: float = 0.0) -> int:
         """Ten seconds; RQ adds a minute, and a dead worker's job would wait that long."""
         return HEARTBEAT_SECONDS
+
+    def heartbeat(self, timeout: int | None = None, pipeline: Pipeline | None = None) -> None:
+        """Stay in the list of workers, should Redis have lost it."""
+        super().heartbeat(timeout, pipeline)
+        if pipeline is None:
+            with self.connection.pipeline() as own:
+                register(self, own)
+                own.execute()
 
     def maintain_heartbeats(self, job: Job, execution: Execution) -> None:
         """Outlive an outage of Redis: the merge goes on meanwhile."""

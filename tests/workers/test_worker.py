@@ -67,3 +67,12 @@ def test_no_secret_is_on_the_command_line_of_the_work_horse(
     assert command == [sys.executable, "-m", "workers.horse"]
     assert environment["RQ_JOB_ID"] == "j"
     assert environment[env.WORKER_PID] == str(os.getpid())
+
+
+def test_a_worker_stays_in_the_lists_though_redis_lost_them(
+    worker: MergeWorker, connection: redis.Redis
+) -> None:
+    worker.register_birth()
+    connection.flushall()
+    worker.heartbeat()
+    assert connection.smembers("rq:workers") == connection.smembers("rq:workers:low") == {b"rq:worker:w"}
