@@ -22,50 +22,27 @@ from redis.exceptions import LockError
 from merging.formats.sniff import refuse_foreign
 from service.broker import staging_key, text
 from service.clock import at, millis, now
-from service.documents import Document, FileEntry
 from service.errors import Conflict, Gone, NotFound, ServiceError, TooLarge
 from service.names import check_model, check_path, size_limit
 from service.quota import Reservations
 from service.registry import Registry
 from service.storage import Blob, DigestMismatch, Storage, StreamTooLong, blob_key
+from service.upload_sessions import (
+    MAX_PARTS,
+    PART_BYTES,
+    SESSIONS,
+    Upload,
+    id_of,
+    is_over,
+    part_key,
+    part_name,
+    parts_prefix,
+    session_key,
+)
 
-UPLOAD_ID_PATTERN = r"^upl_[0-9a-f]{32}$"
-PART_BYTES = 16 << 20
-MAX_PARTS = 1000
-_UPLOADS = "uploads"
 _HEAD = 512
 _LOCK_SECONDS = 30
 _RENEW_SECONDS = 5.0
-
-
-class Upload(Document):
-    """A session: what was announced, and whether it is complete."""
-
-    id: str
-    tenant: str
-    model: str | None
-    """None: the content is kept, and staged for no model."""
-    path: str | None
-    size: int
-    sha256: str
-    part_size: int
-    created_at: str
-    expires_at: str
-    complete: bool = False
-
-    @property
-    def count(self) -> int:
-        """How many parts there are, numbered from 1."""
-        return -(-self.size // self.part_size)
-
-    def length(self, number: int) -> int:
-        """The bytes of a part: ``part_size``, less for the last one."""
-        return min(self.part_size, self.size - (number - 1) * self.part_size)
-
-    @property
-    def name(self) -> str:
-        """What to call the file in a message."""
-        return self.path or self.sha256
 
 
 class BusyUpload(Conflict):
@@ -119,9 +96,9 @@ class Uploads:
             check_model(ns, name)
         if size > limit:
             raise TooLarge("file_too_large", f"{path or 'the file'} has more than {limit} bytes")
-        upload_id = _id(tenant, model, path, size, sha256)
+        upload_id = id_of(tenant, model, path, size, sha256)
         held = self._load(tenant, upload_id)
-        if held is not None and not _over(held, time.time()) and (not held.complete or self._usable(held)):
+        if held is not None and not is_over(held, time.time()) and (not held.complete or self._usable(held)):
             return held, False
         if held is not None:
             _remove(self._storage, self._reservations, held)
@@ -152,7 +129,7 @@ class Uploads:
         found = self._load(tenant, upload_id)
         if found is None:
             raise NotFound("upload_not_found", f"there is no upload {upload_id}")
-        if _over(found, time.time()):
+        if is_over(found, time.time()):
             raise Gone("upload_expired", f"the upload {upload_id} has expired", remedy="Start it anew")
         return found
 
@@ -160,8 +137,8 @@ class Uploads:
         """The numbers of the parts that are there as a whole, sorted."""
         if upload.complete:
             return list(range(1, upload.count + 1))
-        sizes = {key.rpartition("/")[2]: size for key, size in self._storage.keys(_parts_prefix(upload))}
-        return [n for n in range(1, upload.count + 1) if sizes.get(_part_name(n)) == upload.length(n)]
+        sizes = {key.rpartition("/")[2]: size for key, size in self._storage.keys(parts_prefix(upload))}
+        return [n for n in range(1, upload.count + 1) if sizes.get(part_name(n)) == upload.length(n)]
 
     async def put_part(
         self, upload: Upload, number: int, chunks: AsyncIterator[bytes], *, expect: str | None = None
@@ -233,7 +210,7 @@ class Uploads:
             except FileNotFoundError:
                 raise _missing([]) from None
             except (DigestMismatch, StreamTooLong):
-                await asyncio.to_thread(self._storage.delete_prefix, _parts_prefix(upload))
+                await asyncio.to_thread(self._storage.delete_prefix, parts_prefix(upload))
                 raise ServiceError(
                     "upload_digest_mismatch",
                     f"{upload.name} has another sha256 than was announced; its parts were dropped",
@@ -247,7 +224,7 @@ class Uploads:
         done = upload.model_copy(update={"complete": True})
         self._save(done)
         self._reservations.settle(upload.tenant, upload.id, kept=blob.size if blob.new else 0)
-        self._storage.delete_prefix(_parts_prefix(upload))
+        self._storage.delete_prefix(parts_prefix(upload))
         return done
 
     async def _joined(self, upload: Upload, renew: Any) -> AsyncIterator[bytes]:
@@ -293,10 +270,10 @@ class Uploads:
         return staged is not None and json.loads(text(staged)) == [upload.sha256, upload.size]
 
     def _save(self, upload: Upload) -> None:
-        self._storage.put_json(_key(upload.tenant, upload.id), upload.model_dump(mode="json"))
+        self._storage.put_json(session_key(upload.tenant, upload.id), upload.model_dump(mode="json"))
 
     def _load(self, tenant: str, upload_id: str) -> Upload | None:
-        data = self._storage.get_json(_key(tenant, upload_id))
+        data = self._storage.get_json(session_key(tenant, upload_id))
         return None if data is None else Upload.model_validate(data)
 
 
@@ -307,51 +284,20 @@ def expired(storage: Storage, connection: redis.Redis, moment: float) -> list[st
     """
     reservations = Reservations(connection, 0)
     gone: list[str] = []
-    for key, _ in storage.keys(_UPLOADS):
+    for key, _ in storage.keys(SESSIONS):
         data = storage.get_json(key)
         if data is None:
             continue
         upload = Upload.model_validate(data)
-        if _over(upload, moment):
+        if is_over(upload, moment):
             _remove(storage, reservations, upload)
             gone.append(upload.id)
     return sorted(gone)
 
 
-def entry(upload: Upload) -> FileEntry:
-    """The file that a session brings."""
-    return FileEntry(path=upload.name, sha256=upload.sha256, size=upload.size)
-
-
-def part_key(upload: Upload, number: int) -> str:
-    """Where a part lies."""
-    return f"{_parts_prefix(upload)}/{_part_name(number)}"
-
-
-def _part_name(number: int) -> str:
-    return f"{number:05d}"
-
-
-def _parts_prefix(upload: Upload) -> str:
-    return f"staging/{upload.tenant}/{upload.id}"
-
-
-def _key(tenant: str, upload_id: str) -> str:
-    return f"{_UPLOADS}/{tenant}/{upload_id}.json"
-
-
-def _id(tenant: str, model: str | None, path: str | None, size: int, sha256: str) -> str:
-    announced = json.dumps([tenant, model, path, size, sha256])
-    return f"upl_{hashlib.sha256(announced.encode()).hexdigest()[:32]}"
-
-
-def _over(upload: Upload, moment: float) -> bool:
-    return millis(upload.expires_at) <= moment * 1000
-
-
 def _remove(storage: Storage, reservations: Reservations, upload: Upload) -> None:
-    storage.delete_prefix(_parts_prefix(upload))
-    storage.delete(_key(upload.tenant, upload.id))
+    storage.delete_prefix(parts_prefix(upload))
+    storage.delete(session_key(upload.tenant, upload.id))
     reservations.settle(upload.tenant, upload.id, kept=0)
 
 

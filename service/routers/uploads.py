@@ -16,7 +16,7 @@ from service.errors import BadRequest, ServiceError
 from service.gates import BODY_LIMIT
 from service.hub.bodies import drain
 from service.schemas.uploads import CompleteRequest, ReceivedPart, UploadRequest, UploadSession
-from service.uploads import UPLOAD_ID_PATTERN, Upload, entry, part_key
+from service.upload_sessions import UPLOAD_ID_PATTERN, Upload, entry, part_key
 
 router = APIRouter(prefix="/v1/uploads", tags=["uploads"])
 

@@ -25,7 +25,8 @@ from service.quota import usage_key
 from service.registry import Registry
 from service.settings import Settings
 from service.storage import Storage
-from service.uploads import Uploads, expired, part_key
+from service.upload_sessions import part_key
+from service.uploads import Uploads, expired
 from tests.running import Up
 from tests.seaweed import Seaweed, in_bucket
 

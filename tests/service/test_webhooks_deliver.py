@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler
 from typing import Any
 
@@ -117,8 +119,6 @@ class TestSignatures:
             Webhook(new_secret()).verify(body, signed)
 
     def test_they_are_those_of_the_reference_implementation(self) -> None:
-        from datetime import UTC, datetime
-
         secret, moment = new_secret(), 1_700_000_000
         expected = Webhook(secret).sign("msg_1", datetime.fromtimestamp(moment, UTC), "{}")
         assert headers(secret, "msg_1", moment, b"{}")["webhook-signature"] == expected
@@ -257,8 +257,6 @@ class TestSending:
         self, endpoints: Endpoints, deliveries: Deliveries, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """The name means loopback when it is checked; it is never looked up again."""
-        import socket
-
         real, asked = socket.getaddrinfo, []
 
         def getaddrinfo(host: Any, *more: Any, **rest: Any) -> Any:
@@ -273,6 +271,32 @@ class TestSending:
         assert delivery.state == "delivered"
         assert asked == ["hooks.test"]
         assert there.received[0][0]["host"].startswith("hooks.test:")
+
+    def test_over_https_the_certificate_must_be_that_of_the_name(
+        self, endpoints: Endpoints, deliveries: Deliveries, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The connection goes to the address, and asks for the name all the same."""
+        real = socket.getaddrinfo
+        monkeypatch.setattr(
+            socket,
+            "getaddrinfo",
+            lambda host, *more, **rest: real("127.0.0.1" if host == "hooks.test" else host, *more, **rest),
+        )
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            hellos: list[bytes] = []
+
+            def look() -> None:
+                connection, _ = listener.accept()
+                with connection:
+                    hellos.append(connection.recv(4096))
+
+            thread = threading.Thread(target=look)
+            thread.start()
+            url = f"https://hooks.test:{listener.getsockname()[1]}/"
+            delivery = send(endpoints, deliveries, url, schedule=())
+            thread.join()
+        assert str(delivery.attempts[0].error).startswith("the connection failed")
+        assert b"hooks.test" in hellos[0]
 
 
 class TestNothingIsLost:
