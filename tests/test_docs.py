@@ -11,7 +11,9 @@ import pytest
 from pydantic import BaseModel
 
 from merging import catalog
-from merging.recipe import ModelEntry, Output, Prepare, Recipe
+from merging.mergekit.config import is_mergekit
+from merging.mergekit.config import parse as mergekit_config
+from merging.recipe import ModelEntry, Output, Prepare, Recipe, parse_document
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
@@ -46,6 +48,10 @@ def test_example_recipes_name_real_methods_and_adapters(path: Path) -> None:
 )
 def test_recipes_in_the_pages_are_valid(page: Path) -> None:
     for text in recipes_in(page):
+        document = parse_document(text, page.name)
+        if is_mergekit(document):
+            assert mergekit_config(document).method.name == document["merge_method"]
+            continue
         resolved = catalog.resolve(Recipe.parse(text, name=page.name))
         assert resolved.method.name in catalog.names()
 
