@@ -19,6 +19,9 @@ SignMethod = Literal["total", "frequency", "normfrac", "normmass"]
 Aggregate = Literal["mean", "sum", "max"]
 Counting = Literal["floor", "inclusive", "complement"]
 
+RADIX_COLUMNS = 1024
+"""Rows from this length on are ordered by counting."""
+
 
 def trim(x: Tensor, threshold: Tensor) -> Tensor:
     """Zero what is smaller in magnitude than ``threshold (..., T, 1, 1)``; equal magnitudes stay."""
@@ -145,7 +148,22 @@ def _row_order(x: Tensor) -> Tensor:
     size = x.abs()
     if x.device.type != "cpu" or x.dtype != torch.float32:
         return size.sort(dim=-1, stable=True).indices
+    if x.shape[-1] >= RADIX_COLUMNS:
+        return _radix_order(size)
     # Distinct integer keys sort several times faster than a stable sort of floats, to the same order.
     keys = size.view(torch.int32).long() << 32 | torch.arange(x.shape[-1])
     keys.numpy().sort(axis=-1)
     return keys.bitwise_and_(0xFFFFFFFF)
+
+
+def _radix_order(size: Tensor) -> Tensor:
+    """The stable order of rows of non-negative float32 numbers, by two sorts of halves of their bits.
+
+    (numpy sorts 16-bit numbers stably by counting, in a fifth of the time of any other stable sort.)
+    """
+    halves = size.contiguous().view(torch.int16).numpy().view(np.uint16).reshape(*size.shape, 2)
+    low, high = (np.ascontiguousarray(halves[..., i]) for i in (0, 1))
+    first = torch.from_numpy(low.argsort(axis=-1, kind="stable"))
+    by_low = torch.from_numpy(high.view(np.int16)).gather(-1, first)
+    second = by_low.numpy().view(np.uint16).argsort(axis=-1, kind="stable")
+    return first.gather(-1, torch.from_numpy(second))

@@ -115,7 +115,9 @@ def _magnitudes(coordinates: Coordinates, t: int, budget: int) -> Tensor:
 
 def sampled(coordinates: Coordinates, size: int) -> np.ndarray:
     """Magnitudes of about ``size`` rows and columns spread over each task, ``(G, T, ., .)``."""
-    steps = max(1, coordinates.m // size), max(1, coordinates.n // size)
+    # A sixteenth of a matrix tells enough about it.
+    m, n = (max(1, length // min(size, max(64, length // 4))) for length in (coordinates.m, coordinates.n))
+    steps = m, n
     return coordinates.grid(*steps).abs().cpu().numpy()
 
 

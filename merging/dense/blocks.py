@@ -27,6 +27,9 @@ from merging.kernels import Context, row_blocks
 from merging.methods.linear import task_weights
 from merging.methods.slerp import COLLINEAR, MERGEKIT_COLLINEAR, arc
 
+STREAM_BUDGET = 6 << 21
+"""For :func:`row_blocks`: blocks of 2 MB, which the passes of a linear merge find in the cache."""
+
 Emit = Callable[[int, Tensor], None]
 """Takes the finished rows ``(rows, n)`` from a row on, in the dtype of the computation."""
 
@@ -140,7 +143,7 @@ def _replayed(stack: DenseStack, dense: Tensor, ctx: Context) -> Iterator[tuple[
 
 def _blocks(stack: DenseStack, ctx: Context) -> Iterator[tuple[Tensor, int]]:
     buffer: Tensor | None = None
-    for start, stop in row_blocks(stack, ctx.budget):
+    for start, stop in row_blocks(stack, STREAM_BUDGET):
         if buffer is not None and buffer.shape[-2] != stop - start:
             buffer = None
         buffer = stack.rows(start, stop, buffer)

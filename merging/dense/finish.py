@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -140,12 +139,6 @@ def _adapter(plan: DensePlan, parts: Sequence[ShardResult], out: Path) -> dict[s
 def _text(path: Path, text: str) -> str:
     path.unlink(missing_ok=True)
     return write_text(path, text)
-
-
-def sha256_of(path: Path) -> str:
-    """sha256 (hex) of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def norm(square: float) -> float:

@@ -17,10 +17,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from merging.dense.finish import sha256_of
 from merging.dense.plan import DensePlan
 from merging.dense.runner import ShardResult
 from merging.errors import MergeError, MergeFailure
+from merging.formats.files import sha256_of
 from merging.formats.result_dir import ResultDirectory, lock_folder
 from merging.report import versions
 

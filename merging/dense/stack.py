@@ -8,6 +8,7 @@ away.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -18,6 +19,12 @@ from merging.formats.adapter import Adapter
 from merging.formats.tensor_set import TensorSet
 from merging.formats.tensors import TORCH_NAMES
 
+PICK_NUMBERS = 1 << 19
+"""Entries read at once for a sample."""
+
+DENSE_STEP = 16
+"""Where at most so many rows are skipped, a sample reads them too."""
+
 
 class Rows(Protocol):
     """A matrix that gives out its rows."""
@@ -26,11 +33,16 @@ class Rows(Protocol):
         """Write the rows ``start:stop`` into ``out (rows, n)``, in its dtype."""
         ...
 
+    def pick(self, row_step: int, col_step: int, out: Tensor) -> None:
+        """Write every ``row_step``-th row and ``col_step``-th column into ``out``."""
+        ...
+
 
 class StoredRows:
     """The rows of a stored tensor, seen as a matrix of ``n`` columns. For one thread."""
 
     def __init__(self, source: TensorSet, key: str, n: int) -> None:
+        self._m = math.prod(source.infos[key].shape) // n if n else 0
         self._source = source
         self._key = key
         self._n = n
@@ -38,6 +50,18 @@ class StoredRows:
         self._raw = torch.empty(0, dtype=self._dtype)
 
     def load(self, start: int, stop: int, out: Tensor) -> None:
+        out.copy_(self._read(start, stop))
+
+    def pick(self, row_step: int, col_step: int, out: Tensor) -> None:
+        # Whole runs of rows are read where few are left out: fewer calls.
+        rows = max(1, PICK_NUMBERS // self._n // row_step) if row_step <= DENSE_STEP else 1
+        for place in range(0, len(out), rows):
+            start = place * row_step
+            stop = min(self._m, start + (rows - 1) * row_step + 1)
+            out[place : place + rows].copy_(self._read(start, stop)[::row_step, ::col_step])
+
+    def _read(self, start: int, stop: int) -> Tensor:
+        """The stored rows, in a buffer that the next call overwrites."""
         count = (stop - start) * self._n
         if self._raw.numel() < count:
             self._raw = torch.empty(count, dtype=self._dtype)
@@ -45,7 +69,7 @@ class StoredRows:
         self._source.read_into(
             self._key, raw.view(torch.uint8).numpy().data, start * self._n * self._dtype.itemsize
         )
-        out.copy_(raw.view(stop - start, self._n))
+        return raw.view(stop - start, self._n)
 
 
 class ProductRows:
@@ -57,6 +81,9 @@ class ProductRows:
 
     def load(self, start: int, stop: int, out: Tensor) -> None:
         torch.matmul(self._left[start:stop], self._right, out=out)
+
+    def pick(self, row_step: int, col_step: int, out: Tensor) -> None:
+        torch.matmul(self._left[::row_step], self._right[:, ::col_step], out=out)
 
 
 def adapter_rows(adapter: Adapter, name: str, dtype: torch.dtype) -> ProductRows:
@@ -128,8 +155,18 @@ class DenseStack:
         return out
 
     def grid(self, row_step: int, col_step: int) -> Tensor:
-        picked = [self.rows(row, row + 1)[..., ::col_step] for row in range(0, self.m, row_step)]
-        return torch.cat(picked, dim=-2)
+        found = self.like.new_empty((1, self.T, -(-self.m // row_step), -(-self.n // col_step)))
+        base = torch.empty_like(found[0, 0])
+        if self._base is not None and any(self._whole):
+            self._base.pick(row_step, col_step, base)
+        for t, part in enumerate(self._parts):
+            target = found[0, t]
+            part.pick(row_step, col_step, target)
+            if self._whole[t]:
+                target.sub_(base)
+            if self._scales:
+                target.mul_(self._scales[t])
+        return found
 
     def task(self, t: int) -> Tensor:
         whole = self.like.new_empty((1, self.m, self.n))

@@ -259,7 +259,7 @@ class _Matcher:
         if adapter.full_tensors and self.full_modules != "drop":
             raise InputError(
                 "modules_to_save",
-                f"{adapter.label} holds fully trained tensors ({next(iter(adapter.full_tensors))} ...), which "
+                f"{adapter.label} holds fully trained tensors ({next(iter(adapter.full_tensors))}), which "
                 "a merge with a base does not take",
                 remedy="Set modules_to_save: drop to leave them out, or fold the adapter into a checkpoint",
                 where={"model": adapter.label, "field": "modules_to_save"},
