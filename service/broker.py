@@ -34,6 +34,9 @@ QUEUES = tuple(queue_name(priority, size) for priority in PRIORITIES for size in
 
 TASK = "workers.tasks.run_merge"
 """The job function, named and never imported here."""
+SHARD_TASK = "workers.shards.run_shard"
+FINISH_TASK = "workers.shards.run_finish"
+"""Those that make one file of a big merge, and complete it."""
 PUSH_TASK = "workers.push.run_push"
 """The one that pushes a result to another hub."""
 
@@ -89,6 +92,16 @@ UNSAVED = "mg:unsaved"
 def merge_key(tenant: str, merge_id: str) -> str:
     """Hash: the record of one merge."""
     return f"mg:{tenant}:merge:{merge_id}"
+
+
+def shards_key(tenant: str, merge_id: str) -> str:
+    """Hash: number of a shard -> how far it is, 0 to 1."""
+    return f"mg:{tenant}:merge:{merge_id}:shards"
+
+
+def merge_of_job(job_id: str) -> str:
+    """The merge that a job works on; the jobs of shards are named after it."""
+    return job_id.partition("--")[0]
 
 
 def events_key(tenant: str, merge_id: str) -> str:

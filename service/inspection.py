@@ -1,4 +1,4 @@
-"""What an upload is: opened as an adapter, described, and refused with errors that a client understands."""
+"""What an upload is, an adapter or a whole model: opened, described, refused with errors a client understands."""
 
 from __future__ import annotations
 
@@ -13,10 +13,16 @@ PARTS = "parts"
 
 
 def inspect(folder: Path, model: str) -> dict[str, Any]:
-    """What the manifest says about the adapter in ``folder``; errors name the model, not the folder."""
+    """What the manifest says about the adapter or whole model in ``folder``.
+
+    Errors name the model, not the folder.
+    """
     from merging import load_adapter
+    from merging.dense.inputs import is_dense
 
     try:
+        if is_dense(folder):
+            return _inspect_whole(folder, model)
         adapter = load_adapter(folder, label=model)
     except MergeError as error:
         raise hide_folder(error, folder) from None
@@ -30,6 +36,23 @@ def inspect(folder: Path, model: str) -> dict[str, Any]:
         }
     finally:
         adapter.close()
+
+
+def _inspect_whole(folder: Path, model: str) -> dict[str, Any]:
+    """Of a checkpoint or a task vector: ``modules`` counts its tensors."""
+    from merging.dense.inputs import open_model
+
+    found = open_model(folder, model)
+    try:
+        return {
+            "format": found.format,
+            "modules": len(getattr(found, "infos", ())),
+            "rank": 0,
+            "base_model": found.base_model,
+            "warnings": tuple(text.replace(f"{folder}/", "") for text in found.warnings),
+        }
+    finally:
+        found.close()
 
 
 def inspect_parts(folder: Path, model: str) -> dict[str, Any] | None:

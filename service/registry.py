@@ -22,6 +22,7 @@ from service.errors import Conflict, NotFound, TooLarge, Unavailable
 from service.inspection import inspect, inspect_parts
 from service.marks import Marks
 from service.names import WEIGHTS, Reference
+from service.outlines import can_be_outlined, outline
 from service.paging import page
 from service.scratch import scratch
 from service.storage import Blob, Storage, blob_key
@@ -139,7 +140,7 @@ class Registry:
         if weights or any(entry.path.lower().endswith(WEIGHTS) for entry in files):
             with scratch(self._scratch_dir) as root:
                 folder = root / model  # an error names it
-                self._place(tenant, files, folder)
+                self._place(tenant, files, folder, outlines=True)
                 facts = (None if weights else inspect_parts(folder, model)) or inspect(folder, model)
         return Manifest(model=model, revision=revision, created_at=now(), files=files, **facts)
 
@@ -226,14 +227,34 @@ class Registry:
         if not left:
             self._redis.zrem(models_key(tenant), model)
 
-    def place(self, tenant: str, manifest: Manifest, folder: Path) -> None:
-        """Bring the files of a revision into a folder, as links where possible; they are read-only."""
-        self._place(tenant, manifest.files, folder)
+    def place(self, tenant: str, manifest: Manifest, folder: Path, *, outlines: bool = False) -> None:
+        """Bring the files of a revision into a folder, as links where possible; they are read-only.
 
-    def _place(self, tenant: str, files: tuple[FileEntry, ...], folder: Path) -> None:
+        With ``outlines`` the weights of whole models may be there by their headers only.
+        """
+        self._place(tenant, manifest.files, folder, outlines=outlines)
+
+    def outlined(self, manifest: Manifest) -> list[str]:
+        """The files that :meth:`place` brings by their headers only, if it may."""
+        paths = [entry.path for entry in manifest.files]
+        return [path for path in paths if can_be_outlined(self._storage, paths, path)]
+
+    def fetch(self, tenant: str, manifest: Manifest, path: str, folder: Path) -> None:
+        """Bring one file of a revision, in place of its outline."""
+        (folder / path).unlink(missing_ok=True)
+        self._place(tenant, tuple(entry for entry in manifest.files if entry.path == path), folder)
+
+    def _place(
+        self, tenant: str, files: tuple[FileEntry, ...], folder: Path, *, outlines: bool = False
+    ) -> None:
+        paths = [entry.path for entry in files]
         for entry in files:
+            key, target = blob_key(tenant, entry.sha256), folder / entry.path
             try:
-                self._storage.fetch(blob_key(tenant, entry.sha256), folder / entry.path)
+                if outlines and can_be_outlined(self._storage, paths, entry.path):
+                    outline(self._storage, key, entry.size, target)
+                else:
+                    self._storage.fetch(key, target)
             except FileNotFoundError as error:
                 raise MergeFailure(
                     "content_missing",

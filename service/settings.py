@@ -64,6 +64,8 @@ class Settings(BaseSettings):
     """Merges are deleted so many days after their end, with their results; 0: never."""
     collect_hours: float = Field(default=24, ge=0)
     """So often workers remove what nothing refers to; 0: never."""
+    shard_bytes: int = Field(default=2_000_000_000, gt=0)
+    """The size of one file of a merged checkpoint; a merge with several is shared among the workers."""
     reads_per_minute: int = Field(default=6000, ge=0)
     writes_per_minute: int = Field(default=1200, ge=0)
     """Of each tenant of a service with keys; 0: no limit."""

@@ -8,10 +8,11 @@ from types import MappingProxyType
 
 from merging.errors import InputError
 from merging.recipe import Recipe
-from service.documents import MergeRecord, result_key
+from service.documents import FileEntry, MergeRecord, result_key
 from service.errors import NotFound
 from service.jobs import Jobs
 from service.names import RESULTS, Reference, parse_reference
+from service.outlines import DENSE
 from service.registry import NO_WEIGHTS, Registry
 from service.remote.imports import Imported, bring, renamed
 from service.remote.references import Hubs, is_remote
@@ -46,7 +47,30 @@ class Sources:
         for index, entry in enumerate(recipe.models):
             if entry.model not in pinned:
                 pinned[entry.model] = self._pin(tenant, entry.model, f"models[{index}].model")
-        return renamed(recipe, pinned)
+        base = self._pin_base(tenant, recipe, list(pinned.values()))
+        return renamed(recipe, {**pinned, **base})
+
+    def _pin_base(self, tenant: str, recipe: Recipe, models: list[str]) -> dict[str, str]:
+        """The base model, where the merge reads it. For adapters it is only a name and stays as it is."""
+        base = recipe.base_model
+        if base is None:
+            return {}
+        if is_remote(base):
+            return {base: str(self._hubs.find(base, field="base_model"))}
+        reference = parse_reference(base)
+        reads = recipe.output.format == "checkpoint" or recipe.calibration is not None
+        if reference is None or not (reads or any(self._is_whole(tenant, model) for model in models)):
+            return {}
+        return {base: self._pin(tenant, base, "base_model")}
+
+    def _is_whole(self, tenant: str, pinned: str) -> bool:
+        reference = parse_reference(pinned)
+        if reference is None:
+            return False
+        if reference.ns == RESULTS:
+            recipe = self._result(tenant, reference).recipe
+            return bool(recipe.get("output", {}).get("format", "lora") != "lora")
+        return self._registry.manifest(tenant, reference).format in DENSE
 
     def _pin(self, tenant: str, text: str, field: str) -> str:
         where = {"field": field, "model": text}
@@ -82,24 +106,30 @@ class Sources:
         return bring(recipe, self._hubs, folder, limit=self._import_limit, tick=tick)
 
     def place(
-        self, tenant: str, recipe: Recipe, folder: Path, imported: Mapping[str, Path] = MappingProxyType({})
+        self,
+        tenant: str,
+        recipe: Recipe,
+        folder: Path,
+        imported: Mapping[str, Path] = MappingProxyType({}),
+        *,
+        outlines: bool = False,
     ) -> Callable[[str], Path]:
         """Bring the inputs of a recipe into ``folder``; returns the function that finds each of them.
 
-        The files are read-only. What was imported is where it is. Raises ``model_not_found`` for an input
-        that is gone.
+        The files are read-only. What was imported is where it is. With ``outlines`` the weights of whole
+        models may be there by their headers only. Raises ``model_not_found`` for an input that is gone.
         """
         placed: dict[str, Path] = dict(imported)
-        for entry in recipe.models:
-            if entry.model in placed:
+        for name in self._named(recipe):
+            if name in placed:
                 continue
-            reference = parse_reference(entry.model)
+            reference = parse_reference(name)
             if reference is None:
-                raise _unknown(entry.model)
+                raise _unknown(name)
             target = folder / str(reference)  # what an error says of it is then readable
             target.mkdir(parents=True)
-            self._place(tenant, reference, target)
-            placed[entry.model] = target
+            self._place(tenant, reference, target, outlines=outlines)
+            placed[name] = target
 
         def find(reference: str) -> Path:
             if reference not in placed:
@@ -108,9 +138,49 @@ class Sources:
 
         return find
 
-    def _place(self, tenant: str, reference: Reference, target: Path) -> None:
+    def _named(self, recipe: Recipe) -> list[str]:
+        """The references to be placed: the models, and the base where it was pinned."""
+        base = parse_reference(recipe.base_model or "")
+        pinned = [str(base)] if base is not None and base.revision is not None else []
+        return [*(entry.model for entry in recipe.models), *pinned]
+
+    def sums(self, tenant: str, recipe: Recipe) -> dict[str, dict[str, str]]:
+        """The sha256 of every file of the placed inputs, by reference and path: known since the upload."""
+        found = {}
+        for name in dict.fromkeys(self._named(recipe)):
+            reference = parse_reference(name)
+            if reference is not None:
+                entries = self._files(tenant, reference)
+                found[name] = {entry.path: entry.sha256 for entry in entries}
+        return found
+
+    def fetch(self, tenant: str, name: str, path: str, folder: Path) -> None:
+        """Bring one file of an input that was placed in ``folder``, in place of its outline."""
+        reference = parse_reference(name)
+        if reference is not None and reference.ns != RESULTS:
+            self._registry.fetch(tenant, self._registry.manifest(tenant, reference), path, folder)
+
+    def complete(self, tenant: str, recipe: Recipe, find: Callable[[str], Path]) -> None:
+        """Bring what was placed by its header only."""
+        for name in dict.fromkeys(self._named(recipe)):
+            reference = parse_reference(name)
+            if reference is None or reference.ns == RESULTS:
+                continue
+            manifest = self._registry.manifest(tenant, reference)
+            for path in self._registry.outlined(manifest):
+                self._registry.fetch(tenant, manifest, path, find(name))
+
+    def _files(self, tenant: str, reference: Reference) -> tuple[FileEntry, ...]:
         if reference.ns != RESULTS:
-            self._registry.place(tenant, self._registry.manifest(tenant, reference), target)
+            return self._registry.manifest(tenant, reference).files
+        result = self._result(tenant, reference).result
+        assert result is not None
+        return result.files
+
+    def _place(self, tenant: str, reference: Reference, target: Path, *, outlines: bool) -> None:
+        if reference.ns != RESULTS:
+            manifest = self._registry.manifest(tenant, reference)
+            self._registry.place(tenant, manifest, target, outlines=outlines)
             return
         record = self._result(tenant, reference)
         assert record.result is not None

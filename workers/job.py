@@ -12,9 +12,9 @@ from typing import Any
 
 from rq.job import Job
 
-from service.broker import PUSH_TASK, TASK
+from service.broker import FINISH_TASK, PUSH_TASK, SHARD_TASK, TASK
 
-ALLOWED = (TASK, PUSH_TASK)
+ALLOWED = (TASK, SHARD_TASK, FINISH_TASK, PUSH_TASK)
 
 
 class ForbiddenFunction(Exception):

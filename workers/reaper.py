@@ -19,7 +19,7 @@ from rq.serializers import JSONSerializer
 from rq.worker import BaseWorker
 
 from merging.errors import Cancelled, MergeFailure
-from service.broker import ACTIVE, QUEUES, UNSAVED, merge_key, text
+from service.broker import ACTIVE, QUEUES, UNSAVED, merge_key, merge_of_job, text
 from service.clock import millis
 from service.jobs import MAX_RETRIES, Jobs
 from service.problems import describe
@@ -108,9 +108,15 @@ class Reaper:
             if waited >= GIVE_UP_SECONDS:
                 self._jobs.cancelled(tenant, merge_id, "", describe(Cancelled()))
             elif waited >= GRACE_SECONDS:
-                with contextlib.suppress(InvalidJobOperation, NoSuchJobError):
-                    send_stop_job_command(self._redis, merge_id, serializer=JSONSerializer)
-                    _log.warning("killed the attempt of %s, which did not stop", merge_id)
+                for job_id in self._running(merge_id):
+                    with contextlib.suppress(InvalidJobOperation, NoSuchJobError):
+                        send_stop_job_command(self._redis, job_id, serializer=JSONSerializer)
+                        _log.warning("killed the attempt of %s, which did not stop", merge_id)
+
+    def _running(self, merge_id: str) -> list[str]:
+        """The jobs of a merge that workers are at."""
+        jobs = [job_id for queue in self._queues for job_id in self._live(queue)]
+        return [job_id for job_id in jobs if merge_of_job(job_id) == merge_id]
 
     def _settle_orphans(self, overdue: _Overdue) -> None:
         """Unfinished merges whose job is nowhere: start them again, or give them up."""
@@ -119,9 +125,8 @@ class Reaper:
             return
         known: dict[str, bool] = {}
         for queue in self._queues:
-            known.update(dict.fromkeys(queue.get_job_ids(), True))
-            known.update(dict.fromkeys(self._intermediate(queue), True))
-            known.update(dict.fromkeys(self._live(queue), True))
+            for found in (queue.get_job_ids(), self._intermediate(queue), self._live(queue)):
+                known.update((merge_of_job(job_id), True) for job_id in found)
         for tenant, merge_id in active:
             if merge_id in known or not overdue("", merge_id):
                 continue

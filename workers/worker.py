@@ -138,7 +138,7 @@ class MergeWorker(SpawnWorker):
 def _merge_of(job: Job) -> tuple[str, str] | None:
     """Tenant and merge of a job; None for one that somebody else put there."""
     try:
-        tenant, merge_id = job.args
+        tenant, merge_id = job.args[:2]
     except Exception:  # unreadable, or of another shape
         return None
     return str(tenant), str(merge_id)

@@ -113,6 +113,11 @@ class DenseRunner:
         """How often every tensor is visited."""
         return 1 + int(self._equalizes) + self._surveys + int(self._auto)
 
+    @property
+    def surveys(self) -> int:
+        """How many of these passes find more than numbers, which cannot be handed to another process."""
+        return self._surveys
+
     def settle(self) -> Settled:
         """The passes over the whole model."""
         found = Settled()

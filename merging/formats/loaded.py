@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from merging.errors import InputError
 from merging.formats.experts import Expert, slice_factors
+from merging.formats.files import sha256_of
 from merging.formats.guard import TensorInfo
 from merging.formats.peft_config import AdapterConfig
 from merging.formats.peft_keys import Kind
@@ -92,13 +93,15 @@ class Adapter:
     @cached_property
     def digest(self) -> str:
         """sha256 (hex) over the names and digests of the files that decide the adapter's meaning."""
+        return self.digest_by(sha256_of)
+
+    def digest_by(self, sha256: Callable[[Path], str]) -> str:
+        """:attr:`digest` for a caller who knows the sha256 (hex) of each file."""
         total = hashlib.sha256()
         for path in self._files:
-            with path.open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
             # a single file may have any name; its content is what counts
             name = path.name if len(self._files) > 1 else "weights"
-            total.update(f"{digest}  {name}\n".encode())
+            total.update(f"{sha256(path)}  {name}\n".encode())
         return total.hexdigest()
 
     @property

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
+from merging.formats.files import sha256_of
 from merging.formats.guard import TensorInfo, check_safetensors
 from merging.formats.shards import check_against, read_index
 from merging.formats.source import check_inside
@@ -58,15 +59,17 @@ class TensorSet:
     @cached_property
     def digest(self) -> str:
         """sha256 (hex) over the digests of the weight files and of ``config.json``; reads everything."""
+        return self.digest_by(sha256_of)
+
+    def digest_by(self, sha256: Callable[[Path], str]) -> str:
+        """:attr:`digest` for a caller who knows the sha256 (hex) of each file."""
         total = hashlib.sha256()
         paths = [file.path for file in self._files]
         if self._config_path is not None:
             paths.append(self._config_path)
         for path in paths:
-            with path.open("rb") as opened:
-                digest = hashlib.file_digest(opened, "sha256").hexdigest()
             name = path.name if len(self._files) > 1 or path == self._config_path else "weights"
-            total.update(f"{digest}  {name}\n".encode())
+            total.update(f"{sha256(path)}  {name}\n".encode())
         return total.hexdigest()
 
     @property

@@ -28,7 +28,9 @@ class Imported:
 
 def remote_models(recipe: Recipe) -> tuple[str, ...]:
     """The references of a recipe to other hubs, each once."""
-    return tuple(dict.fromkeys(entry.model for entry in recipe.models if is_remote(entry.model)))
+    named = [entry.model for entry in recipe.models]
+    named += [recipe.base_model] if recipe.base_model is not None else []
+    return tuple(dict.fromkeys(text for text in named if is_remote(text)))
 
 
 def bring(
@@ -78,4 +80,6 @@ def renamed(recipe: Recipe, names: dict[str, str]) -> Recipe:
     saved = recipe.modules_to_save
     if isinstance(saved, TakeFrom) and saved.take in names:
         update["modules_to_save"] = TakeFrom(take=names[saved.take])
+    if recipe.base_model in names:
+        update["base_model"] = names[recipe.base_model]
     return recipe.model_copy(update=update)

@@ -17,6 +17,7 @@ from service.errors import Conflict, NotFound
 from service.gates import BODY_LIMIT
 from service.inspection import hide_folder
 from service.names import MERGE_ID_PATTERN
+from service.quota import Reservations
 from service.records import new_id, new_record
 from service.remote.imports import remote_models
 from service.results import job_digest, reuse
@@ -187,6 +188,7 @@ def get_task_file(
 
 def _create(services: Services, tenant: str, asked: MergeRequest, *, fresh: bool, **more: Any) -> None:
     """Enter a merge: ended already, when its job was done before, or else queued."""
+    Reservations(services.redis, services.settings.max_tenant_bytes).demand_any(tenant)
     push = asked.push_to.resolved(services.hubs) if asked.push_to else None
     webhook = asked.webhook.checked(services.webhook_allowed) if asked.webhook else None
     recipe, found = _plan(services, tenant, asked.recipe())
@@ -236,7 +238,7 @@ def _plan(services: Services, tenant: str, recipe: Recipe) -> tuple[Recipe, dict
         return pinned, None
     with scratch(services.settings.scratch_dir) as folder:
         try:
-            found = plan(pinned, resolve=services.sources.place(tenant, pinned, folder))
+            found = plan(pinned, resolve=services.sources.place(tenant, pinned, folder, outlines=True))
             return pinned, found.to_dict()
         except MergeError as error:
             raise hide_folder(error, folder) from None
