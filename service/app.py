@@ -39,6 +39,7 @@ def create_app(settings: Settings) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         services = Services.open(settings)
         app.state.services = services
+        await asyncio.to_thread(services.welcome)
         sender = asyncio.create_task(services.deliverer().run(services.closing))
         try:
             yield

@@ -26,6 +26,7 @@ from service.storage import Storage
 Scope = Literal["read", "write", "admin"]
 SCOPES: tuple[Scope, ...] = get_args(Scope)
 KEY_ID_PATTERN = r"^[0-9a-f]{16}$"
+FIRST_KEY = "Make the first key where the service runs: merganser keys create --scope admin"
 CACHE_SECONDS = 5.0
 """So long a process goes on with what it knows of a key; a revoked one may live as long."""
 
@@ -71,6 +72,15 @@ class Keys:
         self._storage = storage
         self._known: OrderedDict[str, tuple[float, Key | None]] = OrderedDict()
         self._lock = threading.Lock()
+        self._some = False
+        self._looked = -CACHE_SECONDS
+
+    def exist(self) -> bool:
+        """Whether a key was ever made. While there is none, storage is asked again every few seconds."""
+        if not self._some and time.monotonic() - self._looked >= CACHE_SECONDS:
+            self._some = next(iter(self._storage.keys(_PREFIX)), None) is not None
+            self._looked = time.monotonic()
+        return self._some
 
     def create(self, tenant: str, scopes: Iterable[Scope], *, name: str | None = None) -> tuple[str, Key]:
         """A new key: the text that its owner keeps, which is nowhere else, and what is stored.
@@ -138,6 +148,7 @@ class Keys:
 
     def _save(self, key: Key) -> None:
         self._storage.put_json(_path(key.id), key.model_dump(mode="json"))
+        self._some = True
         self._remember(key.id, key)
 
     def _load(self, key_id: str) -> Key | None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import logging
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -12,9 +14,9 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from redis.asyncio import Redis as AsyncRedis
 
-from service.auth import ANYONE, Keys, Principal, Scope
+from service.auth import ANYONE, FIRST_KEY, Keys, Principal, Scope
 from service.broker import connect, connect_async
-from service.errors import Forbidden, Unauthorized
+from service.errors import Forbidden, Unauthorized, Unavailable
 from service.fanout import Fanout
 from service.idempotency import Idempotency
 from service.jobs import Jobs
@@ -32,6 +34,8 @@ from service.webhooks.deliver import Deliverer
 from service.webhooks.deliveries import Deliveries
 from service.webhooks.endpoints import Endpoints
 from service.webhooks.guard import Allowed
+
+_log = logging.getLogger("merganser.api")
 
 
 @dataclass
@@ -103,6 +107,12 @@ class Services:
             closing=closing,
         )
 
+    def welcome(self) -> None:
+        """Say how to make the first key, if there is none and one is needed."""
+        with contextlib.suppress(Unavailable):
+            if self.settings.auth == "keys" and not self.keys.exist():
+                _log.warning("nobody has a key to this service. %s", FIRST_KEY)
+
     def deliverer(self) -> Deliverer:
         """The loop that sends webhooks."""
         return Deliverer(self.webhooks, self.deliveries, self.webhook_allowed)
@@ -135,9 +145,9 @@ async def principal(
     if services.settings.auth == "off":
         return ANYONE
     if given is None:
-        raise Unauthorized(
-            "key_missing", "this service needs a key", remedy="Send the header Authorization: Bearer mk_..."
-        )
+        some = await run_in_threadpool(services.keys.exist)
+        remedy = "Send the header Authorization: Bearer mk_..." if some else FIRST_KEY
+        raise Unauthorized("key_missing", "this service needs a key", remedy=remedy)
     known, found = services.keys.cached(given.credentials)
     if not known:
         found = await run_in_threadpool(services.keys.identify, given.credentials)
