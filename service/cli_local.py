@@ -10,8 +10,10 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from merging.recipe import Recipe
 from service import cli_inspect
 from service.cli_console import columns, note, print_json, progress, say, size
+from service.remote.local import pinned_by_cache
 
 if TYPE_CHECKING:
     from merging.engine import Progress
@@ -71,7 +73,8 @@ def _merge(args: argparse.Namespace) -> int:
     from merging.planning import plan
 
     # Bad input is refused here, before the slow import of torch.
-    plan(args.recipe)
+    recipe = pinned_by_cache(Recipe.load(args.recipe))
+    plan(recipe)
     ResultDirectory(args.out, args.overwrite).check()
 
     from merging.engine import merge
@@ -82,7 +85,7 @@ def _merge(args: argparse.Namespace) -> int:
             show(step.phase, step.done / step.total if step.total else 0.0, step.message)
 
         result = merge(
-            args.recipe,
+            recipe,
             args.out,
             device=args.device,
             threads=args.threads,

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +10,10 @@ import pytest
 from adapters import write_adapter
 
 from service.client import Client
-from tests.running import Up, push
+from tests.running import ROOT, Up, push
 from tests.service.conftest import Pair
+from tests.service.hub_client import python
 
-# The address of the Hub is read when the library is imported, hence a process of its own.
 READ = """
 import hashlib, json, pathlib, sys
 from huggingface_hub import HfApi, HfFileSystem, hf_hub_download, snapshot_download
@@ -93,24 +90,6 @@ with torch.no_grad():
     local = PeftModel.from_pretrained(Base(), f"{folder}/{subfolder}" if subfolder else folder)(x)
 print([float((served - local).abs().max()), float((served - plain).abs().max())])
 """
-
-
-def python(up: Up, home: Path, script: str, *arguments: str) -> Any:
-    """What a script prints last, as JSON, in a process whose Hub is the service."""
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
-    environment |= {
-        "HF_ENDPOINT": f"{up.url}/hf",
-        "HF_HOME": str(home),
-        "HF_TOKEN": "any",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "NO_PROXY": "127.0.0.1",
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", script, *arguments],
-        check=False, env=environment, cwd=home, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 @pytest.fixture(scope="module")
@@ -190,3 +169,16 @@ def test_a_commit_names_its_content(up: Up, client: Client, tmp_path: Path) -> N
     old = up.http.get(f"/hf/hub/changing/resolve/{first}/adapter_model.safetensors")
     assert old.headers["x-repo-commit"] == first
     assert old.content == (tmp_path / "1" / "adapter_model.safetensors").read_bytes()
+
+
+def test_a_merge_on_this_machine_takes_models_of_a_hub(up: Up, pair: Pair, tmp_path: Path) -> None:
+    models = [{"model": f"hf://{pair.models[0].partition('@')[0]}"}, {"model": str(pair.folders[1])}]
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(json.dumps({"merge_method": "linear", "models": models}))
+    script = (
+        "import sys; from service.cli import main; "
+        "code = main(['merge', sys.argv[1], '--out', 'out', '--quiet']); print(code or 0)"
+    )
+    assert python(up, tmp_path, script, str(recipe), path=str(ROOT)) == 0
+    resolved = (tmp_path / "out" / "merge.yaml").read_text()
+    assert f"hf://{pair.models[0]}" in resolved, "the reference names the commit"
