@@ -73,6 +73,16 @@ def test_uploads_at_the_same_time_cannot_overshoot(small: Up) -> None:
     assert used(small) == before + 3 * size
 
 
+def test_a_tenant_without_room_cannot_ask_for_merges(small: Up) -> None:
+    recipe = {"merge_method": "linear", "models": [{"model": "q/none"}]}
+    assert small.http.post("/v1/merges", json=recipe).json()["code"] == "model_not_found"
+    with small.redis() as redis:
+        before = redis.getset("mg:local:bytes", LIMIT)
+        answer = small.http.post("/v1/merges", json=recipe)
+        redis.set("mg:local:bytes", before)
+    assert (answer.status_code, answer.json()["code"]) == (413, "quota_exceeded")
+
+
 def test_the_reservation_of_a_dead_process_ends(
     connection: Redis, redis_server: EmbeddedRedis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
