@@ -117,7 +117,7 @@ def prepare(recipe: Recipe, *, resolve: Resolve | None = None, canonical: bool =
         batches = _batches(table, adapters)
         _check_method(resolved, recipe, batches)
         if inputs is not None:
-            check_inputs(inputs, adapters, table.modules)
+            check_inputs(inputs, adapters, table.modules, whole=canonical)
         yield Prepared(recipe, resolved, tuple(adapters), table, batches, _dtype(recipe, adapters), inputs)
     finally:
         if inputs is not None:
@@ -150,7 +150,7 @@ def _blank(recipe: Recipe, resolved: Resolved, inputs: Inputs | None) -> list[Ad
 def _sorted(
     recipe: Recipe, resolved: Resolved, adapters: list[Adapter], inputs: Inputs | None
 ) -> tuple[Recipe, Resolved, list[Adapter], list[int]]:
-    digests = inputs.digests if inputs is not None else {}
+    digests = inputs.references if inputs is not None else {}
 
     def key(index: int) -> tuple[str, ...]:
         entry = recipe.models[index]

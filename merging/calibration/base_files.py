@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -48,9 +47,9 @@ class BaseFiles:
         return dict(sorted(found.items()))
 
     @property
-    def parameters(self) -> int:
-        """How many numbers the model has."""
-        return sum(math.prod(info.shape) for info in self.tensors.values())
+    def complete(self) -> bool:
+        """Whether the weights are there, not only their headers (files that are mostly holes)."""
+        return all(path.stat().st_blocks * 512 * 2 > path.stat().st_size for path in self.weights)
 
     @property
     def model_type(self) -> str:

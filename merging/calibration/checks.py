@@ -9,14 +9,23 @@ from merging.calibration.inputs import Inputs, fail
 from merging.formats.adapter import Adapter, Module
 
 
-def check_inputs(inputs: Inputs, adapters: Sequence[Adapter], modules: Mapping[str, Sequence[int]]) -> None:
+def check_inputs(
+    inputs: Inputs,
+    adapters: Sequence[Adapter],
+    modules: Mapping[str, Sequence[int]],
+    *,
+    whole: bool = True,
+) -> None:
     """Check the inputs against the modules that are to be merged.
+
+    Unless the weights of the base must be ``whole``, only their headers may be there; its digest is then not
+    compared.
 
     Raises ``statistics_base_mismatch``, ``statistics_model_mismatch``, ``statistics_module_missing``,
     ``statistics_incomplete``, ``module_not_in_base``, ``base_shape_mismatch``,
     ``calibration_kind_unsupported``.
     """
-    _check_statistics(inputs, adapters)
+    _check_statistics(inputs, adapters, whole)
     described = {name: adapters[present[0]].modules[name] for name, present in modules.items()}
     if inputs.base is not None:
         check_base(inputs.base, described)
@@ -42,10 +51,10 @@ def check_inputs(inputs: Inputs, adapters: Sequence[Adapter], modules: Mapping[s
                 )
 
 
-def _check_statistics(inputs: Inputs, adapters: Sequence[Adapter]) -> None:
+def _check_statistics(inputs: Inputs, adapters: Sequence[Adapter], whole: bool) -> None:
     files = [file for file in inputs.statistics if file is not None]
     bases = {file.info.base for file in files}
-    if inputs.base is not None and files:
+    if inputs.base is not None and files and (whole or inputs.base.complete):
         bases.add(inputs.base.digest)
     if len(bases) > 1:
         fail(

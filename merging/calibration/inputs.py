@@ -44,6 +44,7 @@ class Inputs:
     statistics: tuple[StatisticsFile | None, ...]
     heads: tuple[Head | None, ...]
     references: Mapping[str, str]
+    base_reference: str | None = None
 
     @property
     def entropy(self) -> bool:
@@ -53,7 +54,10 @@ class Inputs:
     @property
     def digests(self) -> dict[str, str]:
         """References of the recipe -> digests of what they name, beside the models."""
-        return dict(self.references)
+        found = dict(self.references)
+        if self.base is not None and self.base_reference is not None:
+            found[self.base_reference] = self.base.digest
+        return found
 
     def samples(self, task: int) -> int:
         """How many samples of a task are used."""
@@ -160,11 +164,9 @@ def find_inputs(recipe: Recipe, method: Method, resolve: Resolve) -> Inputs:
                 "base_model",
             )
         base = find_base(resolve(recipe.base_model))
-        references[recipe.base_model] = base.digest
     elif recipe.base_model is not None:
         with suppress(InputError):  # a name that is not at hand is only a name
             base = find_base(resolve(recipe.base_model))
-            references[recipe.base_model] = base.digest
     tokenizer = _tokenizer(settings, base, datasets, resolve)
     features = settings.features
     if features == "auto":
@@ -178,7 +180,16 @@ def find_inputs(recipe: Recipe, method: Method, resolve: Resolve) -> Inputs:
         )
     none: tuple[None, ...] = (None,) * len(recipe.models)
     return Inputs(
-        method.name, settings, features, base, tokenizer, tuple(datasets), tuple(statistics), none, references
+        method=method.name,
+        settings=settings,
+        features=features,
+        base=base,
+        tokenizer=tokenizer,
+        datasets=tuple(datasets),
+        statistics=tuple(statistics),
+        heads=none,
+        references=references,
+        base_reference=recipe.base_model,
     )
 
 
