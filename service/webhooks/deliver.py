@@ -27,7 +27,10 @@ SCHEDULE = (5.0, 300.0, 1800.0, 7200.0, 18000.0, 36000.0)
 """Seconds to wait after each attempt that failed; when they are used up, the endpoint is disabled."""
 ATTEMPT_SECONDS = 10.0
 _JITTER = 0.1
-_AT_ONCE = 20
+_AT_ONCE = 40
+_AT_ONCE_EACH = 4
+"""Messages on their way to one endpoint, so that one that does not answer keeps nobody else waiting."""
+_POSTPONE_SECONDS = 2.0
 _POLL_SECONDS = 0.5
 _READ_BYTES = 64 << 10
 _KEPT_CHARACTERS = 2048
@@ -63,7 +66,8 @@ class Deliverer:
         self._seconds = seconds
         self._verify = verify
         self._chance = chance
-        self._running: list[asyncio.Task[None]] = []
+        self._running: dict[asyncio.Task[None], str] = {}
+        """Each with the endpoint that it sends to."""
 
     async def run(self, stop: asyncio.Event) -> None:
         """Send until ``stop``. What is then under way is sent again by whoever comes next."""
@@ -83,15 +87,19 @@ class Deliverer:
                 await asyncio.gather(*self._running, return_exceptions=True)
 
     async def _round(self, http: httpx.AsyncClient) -> None:
-        self._running = [task for task in self._running if not task.done()]
+        self._running = {task: name for task, name in self._running.items() if not task.done()}
         free = _AT_ONCE - len(self._running)
         if not free:
             return
         try:
-            due = await asyncio.to_thread(self._deliveries.claim, free)
-        except TRANSIENT:  # it is told where it is asked for
+            for item in await asyncio.to_thread(self._deliveries.claim, free):
+                name = f"{item[0]}/{item[1]}"
+                if list(self._running.values()).count(name) >= _AT_ONCE_EACH:
+                    await asyncio.to_thread(self._deliveries.postpone, *item, seconds=_POSTPONE_SECONDS)
+                else:
+                    self._running[asyncio.create_task(self._deliver(http, *item))] = name
+        except TRANSIENT:  # it is told where it is asked for; what was claimed comes again after the lease
             return
-        self._running += [asyncio.create_task(self._deliver(http, *item)) for item in due]
 
     async def _deliver(self, http: httpx.AsyncClient, tenant: str, endpoint_id: str, message_id: str) -> None:
         """One attempt. Whatever keeps its outcome from being noted makes it due again after the lease."""

@@ -135,6 +135,11 @@ class Deliveries:
         due = "" if next_millis is None else next_millis
         self._note(keys=[_message_key(tenant, delivery.id), DUE], args=[member, state, attempts, due])
 
+    def postpone(self, tenant: str, endpoint_id: str, message_id: str, *, seconds: float) -> None:
+        """Send a message a little later."""
+        due = _millis() + int(seconds * 1000)
+        self._redis.zadd(DUE, {f"{tenant}/{endpoint_id}/{message_id}": due}, xx=True)
+
     def forget(self, tenant: str, endpoint_id: str, message_id: str) -> None:
         """Send a message no more that is not known any more."""
         self._redis.zrem(DUE, f"{tenant}/{endpoint_id}/{message_id}")

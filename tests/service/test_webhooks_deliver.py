@@ -298,6 +298,20 @@ class TestSending:
         assert str(delivery.attempts[0].error).startswith("the connection failed")
         assert b"hooks.test" in hellos[0]
 
+    def test_one_that_does_not_answer_keeps_nobody_else_waiting(
+        self, endpoints: Endpoints, deliveries: Deliveries
+    ) -> None:
+        release = threading.Event()
+        with receiver(lambda handler: (release.wait(20), None)[1]) as slow, receiver() as quick:
+            endpoint = endpoints.create("acme", slow.url)
+            for _ in range(100):
+                deliveries.add(endpoint, ping(endpoint))
+                time.sleep(0.001)  # a ping is named by its time
+            delivery = send(endpoints, deliveries, quick.url, seconds=8.0)
+            release.set()
+        assert delivery.state == "delivered"
+        assert 0 < len(slow.received) <= 4
+
 
 class TestNothingIsLost:
     def test_a_message_whose_sender_died_is_sent_by_another(
