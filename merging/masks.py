@@ -36,7 +36,8 @@ class MaskStream:
     def keep(self, x: Tensor, probability: Sequence[float] | Tensor) -> Tensor:
         """Ones (keep) and zeros for the next ``x.shape[-2]`` rows, in the shape, dtype and device of ``x``.
 
-        ``probability`` of a one: a number per task, or one per entry in the shape of ``x``.
+        ``probability`` of a one: a number per task, or one per entry in the shape of ``x``, which may be what
+        :func:`limits` made of it beforehand.
         """
         masks = torch.ones(x.shape, dtype=x.dtype)
         chances = probability.cpu() if isinstance(probability, Tensor) else probability
@@ -44,17 +45,31 @@ class MaskStream:
             for t, bits in enumerate(row):
                 mask = masks[g, t, :, :width].numpy()
                 if isinstance(chances, Tensor):
-                    _fill(mask, bits, chances[g, t, :, :width].double().numpy())
+                    _fill(mask, bits, _per_entry(chances[g, t, :, :width]))
                 else:
                     _fill(mask, bits, chances[t])
         return masks.to(x.device)
+
+
+def limits(chances: Tensor) -> Tensor:
+    """The 32-bit numbers up to which a drawn one keeps its entry, as the bits of ``int32``."""
+    numbers = (chances.double() * FULL).ceil().sub_(1.0).clamp_(0.0, FULL - 1.0)
+    return torch.from_numpy(numbers.cpu().numpy().astype(np.uint32).view(np.int32)).to(chances.device)
+
+
+def _per_entry(chances: Tensor) -> np.ndarray:
+    """Limits as ``uint32``, or probabilities as multiples of one in 2 ** 32."""
+    if chances.dtype == torch.int32:
+        return chances.numpy().view(np.uint32)
+    return chances.double().numpy() * FULL
 
 
 def _fill(mask: np.ndarray, bits: np.random.SFC64, probability: np.ndarray | float) -> None:
     rows, cols = mask.shape
     drawn = bits.random_raw(rows * ((cols + 1) // 2)).view(np.uint32).reshape(rows, -1)[:, :cols]
     if isinstance(probability, np.ndarray):
-        np.less(drawn, probability * FULL, out=mask, casting="unsafe")
+        compare = np.less_equal if probability.dtype == np.uint32 else np.less
+        compare(drawn, probability, out=mask, casting="unsafe")
     elif probability >= 1.0:
         mask.fill(1.0)
     else:

@@ -118,8 +118,20 @@ def row_ranks(x: Tensor) -> Tensor:
 
     Equal magnitudes rank in the order of their columns.
     """
-    ranks = torch.arange(1, x.shape[-1] + 1, dtype=x.dtype, device=x.device).expand(x.shape)
-    return torch.empty_like(x).scatter_(-1, _row_order(x), ranks)
+    (ranks,) = by_rank(x, torch.arange(1, x.shape[-1] + 1, dtype=x.dtype, device=x.device))
+    return ranks
+
+
+def by_rank(x: Tensor, *tables: Tensor) -> tuple[Tensor, ...]:
+    """Per table the value of each entry's rank within its row by magnitude.
+
+    The last axis of a table is the rank, the smallest magnitude first; its other axes broadcast.
+    """
+    order = _row_order(x)
+    return tuple(
+        torch.empty(x.shape, dtype=table.dtype, device=x.device).scatter_(-1, order, table.expand(x.shape))
+        for table in tables
+    )
 
 
 def task_generator(seed: int, digest: str, module: str) -> torch.Generator:

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from merging import modelwide
 from merging.kernels import Context, entry_blocks
-from merging.masks import MaskStream
-from merging.rules import Counting, band_, kept_count, row_ranks, trim_
+from merging.masks import MaskStream, limits
+from merging.rules import Counting, band_, by_rank, kept_count, trim_
 from merging.spaces import Placement
 from merging.thresholds import thresholds
 from merging.updates import UpdateStack
@@ -141,20 +141,20 @@ class RankedRandom(Sparsifier):
         n = place.coordinates.n
         inverse = _param(ctx, "rescale") and _param(ctx, "compat") != "mergekit"
 
-        def chances(x: Tensor) -> Tensor:
-            # Directions that only pad the frame of a module are zero and rank lowest: they do not count.
-            rank = row_ranks(x).sub_(n - widths + 1.0).clamp_min_(0.0)
-            middle = (widths - 1.0) / 2.0
-            chance = rank.sub_(middle).div_(middle.clamp_min(0.5)).mul_(epsilon).add_(density)
-            return chance.clamp_min_(2.0**-32)
+        # Directions that only pad the frame of a module are zero and rank lowest: they do not count.
+        rank = torch.arange(1, n + 1, dtype=like.dtype, device=like.device)
+        rank = (rank - (n - widths + 1.0)).clamp_min_(0.0)
+        middle = (widths - 1.0) / 2.0
+        chances = ((rank - middle) / middle.clamp_min(0.5) * epsilon + density).clamp_min_(2.0**-32)
+        tables = (limits(chances), chances) if inverse else (limits(chances),)
 
         def dropping() -> Apply:
             masks = MaskStream(stack, ctx, place.widths.tolist())
 
             def drop(x: Tensor, start: int) -> Tensor:
-                chance = chances(x)
-                x.mul_(masks.keep(x, chance))
-                return x.div_(chance) if inverse else x
+                limit, *chance = by_rank(x, *tables)
+                x.mul_(masks.keep(x, limit))
+                return x.div_(chance[0]) if inverse else x
 
             return drop
 
