@@ -7,6 +7,7 @@ ours, with a code; none of them, and no message, ever holds the token.
 from __future__ import annotations
 
 import hashlib
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -31,6 +32,7 @@ QUIET = {
 
 _CONFIG, _WEIGHTS, _PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 _DIFFUSERS = "pytorch_lora_weights.safetensors"
+_WHOLE = re.compile(r"^model(-\d+-of-\d+)?\.safetensors$")
 _NETWORK = ("httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3", "aiohttp")
 
 
@@ -45,7 +47,7 @@ class RemoteFile:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A repository at one commit, and those of its files that make an adapter."""
+    """A repository at one commit, and those of its files that make the model."""
 
     repo: str
     commit: str
@@ -67,12 +69,12 @@ class RemoteHub:
     def look_up(self, reference: RemoteReference) -> Snapshot:
         """The commit that a reference means at this moment, and the files to load from it.
 
-        Raises ``hub_not_found``, ``hub_denied``, ``hub_unreachable``, ``hub_no_adapter``.
+        Raises ``hub_not_found``, ``hub_denied``, ``hub_unreachable``, ``hub_no_model``.
         """
         with _translated(str(reference)):
             info = self._api().model_info(reference.repo, revision=reference.revision, files_metadata=True)
         files = [_file(sibling) for sibling in info.siblings or ()]
-        return Snapshot(reference.repo, str(info.sha), _adapter(files, str(reference)))
+        return Snapshot(reference.repo, str(info.sha), _chosen(files, str(reference)))
 
     def download(self, snapshot: Snapshot, folder: Path, tick: Callable[[str], None]) -> None:
         """Bring the files of a snapshot into a folder; ``tick`` is told of each before.
@@ -127,13 +129,17 @@ def _file(sibling: Any) -> RemoteFile:
     return RemoteFile(sibling.rfilename, int(sibling.size or 0), None if lfs is None else lfs.sha256)
 
 
-def _adapter(files: list[RemoteFile], shown: str) -> tuple[RemoteFile, ...]:
-    """The files at the top of a repository that make an adapter: never pickles, never code."""
+def _chosen(files: list[RemoteFile], shown: str) -> tuple[RemoteFile, ...]:
+    """The files at the top of a repository that make an adapter or a whole model: no pickles, no code."""
     top = {file.path: file for file in files if "/" not in file.path and not file.path.startswith(".")}
     weights = [path for path in sorted(top) if path.endswith(".safetensors")]
     where = {"model": shown}
     if _CONFIG in top and _WEIGHTS in top:
         return top[_CONFIG], top[_WEIGHTS]
+    whole = [path for path in weights if _WHOLE.match(path)]
+    if whole and "config.json" in top:
+        texts = [path for path in sorted(top) if path.endswith(".json")]
+        return tuple(top[path] for path in (*texts, *whole))
     if _PICKLE in top and not weights:
         raise InputError(
             "pickle_not_accepted",
@@ -147,9 +153,9 @@ def _adapter(files: list[RemoteFile], shown: str) -> tuple[RemoteFile, ...]:
         return (top[weights[0]], *((top[_CONFIG],) if _CONFIG in top else ()))
     what = "several weight files" if weights else "no .safetensors file"
     raise InputError(
-        "hub_no_adapter",
-        f"{shown} has {what} at its top, so there is no telling which adapter is meant",
-        remedy="Name a repository of one LoRA adapter",
+        "hub_no_model",
+        f"{shown} has {what} at its top, so there is no telling which model is meant",
+        remedy="Name a repository of one LoRA adapter, or of one whole model",
         where=where,
     )
 

@@ -66,7 +66,7 @@ def bring(
         pinned = reference.at(snapshot.commit)
         names[text], commits[text] = pinned, snapshot.commit
         if pinned not in folders:
-            folders[pinned] = folder / reference.repo.replace("/", "--") / snapshot.commit
+            folders[pinned] = folder / f"{len(folders)}-{reference.repo.partition('/')[2]}"
             hub.download(snapshot, folders[pinned], tick)
     return Imported(renamed(recipe, names), folders, commits)
 

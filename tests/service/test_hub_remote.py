@@ -68,6 +68,14 @@ def pushed(near: Up, merge_id: str) -> dict[str, Any]:
     return found
 
 
+@pytest.fixture(scope="module")
+def imported(near: Up, far: tuple[Path, Path]) -> dict[str, Any]:
+    """A merge of one model of the other hub."""
+    done = merge(near, "hf://far/a")
+    assert done["state"] == "succeeded", done
+    return done
+
+
 def test_models_of_another_hub_are_merged(near: Up, up: Up, far: tuple[Path, Path]) -> None:
     with near.client() as client:
         here = push(client, far[1], "near/b")
@@ -137,7 +145,7 @@ def test_what_cannot_be_imported_fails_the_merge(
         ("hf://far/none", "hub_not_found"),
         (f"hf://far/a@{'0' * 40}", "hub_not_found"),
         ("hf://far/large", "hub_too_large"),
-        ("hf://far/empty", "hub_no_adapter"),
+        ("hf://far/empty", "hub_no_model"),
         ("hf://127.0.0.1:9/hf/far/a", "hub_unreachable"),
     ):
         done = merge(near, model)
@@ -187,10 +195,13 @@ def test_all_parts_of_a_result_are_pushed(near: Up, up: Up, far: tuple[Path, Pat
     assert up.http.post("/v1/merges/plan", json=recipe).json()["code"] == "several_adapters"
 
 
-def test_a_push_that_fails_leaves_the_result(near: Up, up: Up, far: tuple[Path, Path]) -> None:
-    done = merge(near, "hf://far/a", push_to={"repo": "merges/taken"})
+def test_a_push_that_fails_leaves_the_result(near: Up, up: Up, imported: dict[str, Any]) -> None:
+    done = imported
+    unasked = near.http.post(f"/v1/merges/{done['id']}/push")
+    assert (unasked.status_code, unasked.json()["code"]) == (409, "push_not_requested")
+    near.http.post(f"/v1/merges/{done['id']}/push", json={"repo": "merges/taken"})
     push = pushed(near, done["id"])
-    assert (done["state"], push["state"], push["error"]["code"]) == ("succeeded", "failed", "hub_refused")
+    assert (push["state"], push["error"]["code"]) == ("failed", "hub_refused")
     assert "name_reserved" in push["error"]["detail"]
     assert near.http.get(f"/v1/merges/{done['id']}/report").status_code == 200
     away = {"repo": "pushed/away", "endpoint": CLOSED}
@@ -205,7 +216,7 @@ def test_a_push_that_fails_leaves_the_result(near: Up, up: Up, far: tuple[Path, 
     assert kept
 
 
-def test_where_nothing_can_be_pushed(near: Up, far: tuple[Path, Path]) -> None:
+def test_where_nothing_can_be_pushed(near: Up, imported: dict[str, Any]) -> None:
     recipe = {"merge_method": "linear", "models": [{"model": "hf://far/a"}]}
     for target, code in (
         ({"repo": "a/b", "endpoint": "https://huggingface.co"}, "hub_endpoint_not_allowed"),
@@ -215,9 +226,8 @@ def test_where_nothing_can_be_pushed(near: Up, far: tuple[Path, Path]) -> None:
     ):
         answer = near.http.post("/v1/merges", json={**recipe, "push_to": target})
         assert (answer.status_code, answer.json()["code"]) == (422, code)
-    done = merge(near, "hf://far/a")
-    unasked = near.http.post(f"/v1/merges/{done['id']}/push")
-    assert (unasked.status_code, unasked.json()["code"]) == (409, "push_not_requested")
+    answer = near.http.post(f"/v1/merges/mrg_{'0' * 32}/push", json={"repo": "a/b"})
+    assert (answer.status_code, answer.json()["code"]) == (404, "merge_not_found")
 
 
 def test_a_push_goes_on_when_its_process_is_killed(far: tuple[Path, Path], tmp_path: Path) -> None:
