@@ -21,7 +21,7 @@ from service.clock import now
 from service.documents import Document
 from service.errors import NotFound, ServiceError
 from service.settings import LOCAL_TENANT
-from service.storage import Storage
+from service.storage import Storage, StorageUnavailable
 
 Scope = Literal["read", "write", "admin"]
 SCOPES: tuple[Scope, ...] = get_args(Scope)
@@ -29,6 +29,9 @@ KEY_ID_PATTERN = r"^[0-9a-f]{16}$"
 FIRST_KEY = "Make the first key where the service runs: merganser keys create --scope admin"
 CACHE_SECONDS = 5.0
 """So long a process goes on with what it knows of a key; a revoked one may live as long."""
+
+OUTAGE_SECONDS = 600.0
+"""So long it goes on with a good key while the storage is away."""
 
 _CACHED = 4096
 _PREFIX = "keys"
@@ -72,6 +75,7 @@ class Keys:
         self._storage = storage
         self._known: OrderedDict[str, tuple[float, Key | None]] = OrderedDict()
         self._lock = threading.Lock()
+        self._away_until = 0.0
         self._some = False
         self._looked = -CACHE_SECONDS
 
@@ -123,7 +127,9 @@ class Keys:
             return True, None
         with self._lock:
             moment, key = self._known.get(match.group(1), (0.0, None))
-        fresh = time.monotonic() - moment < CACHE_SECONDS if moment else False
+        age = time.monotonic() - moment
+        away = time.monotonic() < self._away_until and key is not None
+        fresh = bool(moment) and age < (OUTAGE_SECONDS if away else CACHE_SECONDS)
         return fresh, _principal(key, token) if fresh else None
 
     def identify(self, token: str) -> Principal | None:
@@ -135,7 +141,14 @@ class Keys:
         if known:
             return found
         key_id = match.group(1)
-        key = self._load(key_id)
+        try:
+            key = self._load(key_id)
+        except StorageUnavailable:
+            self._away_until = time.monotonic() + CACHE_SECONDS
+            known, found = self.cached(token)
+            if known:
+                return found
+            raise
         self._remember(key_id, key)
         return _principal(key, token)
 

@@ -11,7 +11,7 @@ from fastapi import Request, Response
 from fastapi.responses import StreamingResponse
 
 from service.documents import FileEntry
-from service.errors import BadRequest, RangeNotSatisfiable
+from service.errors import BadRequest, NotFound, RangeNotSatisfiable
 from service.storage import Storage
 
 OTHER_TYPE = "application/octet-stream"
@@ -51,9 +51,15 @@ def send(request: Request, storage: Storage, key: str, entry: FileEntry) -> Resp
     status = 206 if span else 200
     if request.method == "HEAD":
         return Response(status_code=status, headers=headers, media_type=media_type)
-    return StreamingResponse(
-        storage.stream(key, start, end), status_code=status, headers=headers, media_type=media_type
-    )
+    try:
+        chunks = storage.stream(key, start, end)
+    except FileNotFoundError:
+        raise NotFound(
+            "content_missing",
+            f"the content of {entry.path} is gone from the storage",
+            where={"file": entry.path},
+        ) from None
+    return StreamingResponse(chunks, status_code=status, headers=headers, media_type=media_type)
 
 
 def _matches(header: str | None, etag: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from service import auth
 from service.auth import Key, Keys, Principal
 from service.cli import main
 from service.errors import NotFound, ServiceError
-from service.storage import Storage
+from service.storage import Storage, StorageUnavailable
 
 
 @pytest.fixture
@@ -133,3 +134,44 @@ def test_the_command_line_makes_lists_and_revokes(
     assert "[key_not_found]" in capsys.readouterr().err
     assert main(["keys", "create", "--tenant", "No Such"]) == 2
     assert "[tenant_invalid]" in capsys.readouterr().err
+
+
+def test_good_keys_work_while_the_storage_is_away(
+    keys: Keys, storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    token, _ = keys.create("acme", ["read"])
+    unknown, _ = Keys(storage).create("acme", ["read"])
+    asked: list[str] = []
+
+    def away(key: str) -> None:
+        asked.append(key)
+        raise StorageUnavailable("storage_unavailable", "away")
+
+    monkeypatch.setattr(auth, "CACHE_SECONDS", 0.2)
+    monkeypatch.setattr(storage, "get_json", away)
+    time.sleep(0.3)
+    for _ in range(3):
+        assert keys.identify(token) is not None
+    assert len(asked) == 1  # not each request waits for the storage
+    with pytest.raises(StorageUnavailable):
+        keys.identify(unknown)
+    monkeypatch.setattr(auth, "OUTAGE_SECONDS", 0.0)
+    with pytest.raises(StorageUnavailable):
+        keys.identify(token)
+
+
+def test_a_revoked_key_does_not_come_back_while_the_storage_is_away(
+    keys: Keys, storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    token, key = keys.create("acme", ["read"])
+    keys.revoke(key.id)
+
+    def away(key: str) -> None:
+        raise StorageUnavailable("storage_unavailable", "away")
+
+    monkeypatch.setattr(auth, "CACHE_SECONDS", 0.0)
+    monkeypatch.setattr(storage, "get_json", away)
+    with pytest.raises(StorageUnavailable):
+        keys.identify(token)
+    monkeypatch.setattr(auth, "CACHE_SECONDS", 5.0)
+    assert keys.identify(token) is None
