@@ -11,6 +11,8 @@ from typing import Any
 
 import httpx
 
+from merging.errors import MergeError
+
 PARTS_ABOVE = 64 << 20
 """Files of more bytes are sent in parts."""
 PARTS_AT_ONCE = 4
@@ -19,6 +21,9 @@ PART_BYTES: int | None = None
 _CHUNK = 1 << 20
 _ROUNDS = 5
 _PAUSE_SECONDS = 0.5
+_COMPLETE_SECONDS = 1800.0
+_PASSING = ("service_unreachable", "storage_unavailable", "redis_unavailable")
+"""Errors of the service that may be over a little later."""
 _AGAIN = (403, 408, 429, 500, 502, 503, 504)
 """Answers after which the rest is tried once more, with new URLs."""
 
@@ -43,35 +48,43 @@ class PartsNotSent(Exception):
 
 
 def send_in_parts(
-    call: Call,
-    bare: httpx.Client,
-    file: Path,
-    announcement: Mapping[str, Any],
+    call: Call, bare: httpx.Client, file: Path, announcement: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Upload a file in parts; the session, complete. What an earlier try has sent is not sent again.
 
     ``bare`` has no key, because the URLs of parts may lead elsewhere. Raises :class:`PartsNotSent` and
     whatever ``call`` raises.
     """
-    session: dict[str, Any] = call(
-        "POST", "/v1/uploads", json={**announcement, "part_size": PART_BYTES}
-    ).json()
-    here = f"/v1/uploads/{session['id']}"
-    for attempt in range(_ROUNDS):
-        if session["state"] == "complete":
-            return session
-        trouble = _send(bare, file, _missing(session))
-        if trouble is None:
-            return _complete(call, here)
-        if attempt + 1 == _ROUNDS or trouble.status not in (None, *_AGAIN):
+    wanted = {**announcement, "part_size": PART_BYTES}
+    patience = time.monotonic() + _COMPLETE_SECONDS
+    attempt = 0
+    while True:
+        trouble: Exception | None
+        try:
+            session: dict[str, Any] = call("POST", "/v1/uploads", json=wanted).json()
+            if session["state"] == "complete":
+                return session
+            trouble = _send(bare, file, _missing(session))
+            if trouble is None:
+                return _complete(call, session)
+            if trouble.status not in (None, *_AGAIN):
+                raise trouble
+        except MergeError as error:
+            if error.code == "upload_busy" and time.monotonic() < patience:
+                time.sleep(_PAUSE_SECONDS)  # an earlier request is still joining the parts
+                continue
+            if error.code not in _PASSING:
+                raise
+            trouble = error
+        attempt += 1
+        if attempt == _ROUNDS:
             raise trouble
         time.sleep(_PAUSE_SECONDS * 2**attempt)
-        session = call("GET", here).json()
-    return session
 
 
-def _complete(call: Call, here: str) -> dict[str, Any]:
-    done: dict[str, Any] = call("POST", f"{here}/complete", timeout=1800.0).json()
+def _complete(call: Call, session: Mapping[str, Any]) -> dict[str, Any]:
+    path = f"/v1/uploads/{session['id']}/complete"
+    done: dict[str, Any] = call("POST", path, timeout=_COMPLETE_SECONDS).json()
     return done
 
 

@@ -176,3 +176,56 @@ def test_a_key_is_not_sent_to_where_the_parts_go(line: Line, folder: Path) -> No
         client.push_dir(folder, "resume/e")
     assert len(seen) == count(folder)
     assert set(seen) == {None}
+
+
+def test_a_service_that_is_away_for_a_moment_is_waited_for(
+    up: Up, line: Line, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The line is dead for the first tries, in which not even the announcement gets through."""
+    line.cut_after = 3
+    pauses: list[float] = []
+
+    def pause(seconds: float) -> None:
+        pauses.append(seconds)
+        if len(pauses) == 2:
+            line.cut_after = None
+
+    monkeypatch.setattr(client_uploads.time, "sleep", pause)
+    with Client(f"http://127.0.0.1:{line.port}", parts_above=STEP) as client:
+        assert client.push_dir(folder, "resume/f")["format"] == "peft"
+    assert len(pauses) >= 2
+    assert pauses == sorted(pauses)
+
+
+def test_a_killed_service_goes_on_with_the_parts_it_has(tmp_path: Path, folder: Path) -> None:
+    running = Up(tmp_path / "up")
+    try:
+        content = (folder / WEIGHTS).read_bytes()
+        sha256 = hashlib.sha256(content).hexdigest()
+        announcement = {"model": "resume/g", "path": WEIGHTS, "size": len(content), "sha256": sha256}
+        session = running.http.post("/v1/uploads", json={**announcement, "part_size": STEP}).json()
+        urls = session["actions"]["upload"]["header"]
+        for number in (1, 2, 5):
+            part = content[(number - 1) * STEP : number * STEP]
+            assert running.http.put(urls[f"{number:05d}"], content=part).is_success
+
+        def half() -> Iterator[bytes]:
+            yield content[2 * STEP : 2 * STEP + 1000]
+            running.process.kill()
+            running.process.wait()
+            yield content[2 * STEP + 1000 : 3 * STEP]
+
+        with pytest.raises(httpx.TransportError):
+            running.http.put(urls["00003"], content=half())
+        running.http.close()
+        running.start()
+        assert received(running, folder, "resume/g") == [1, 2, 5]
+        with Client(running.url, parts_above=STEP) as client:
+            sent: list[str] = []
+            client._bare.event_hooks["request"].append(lambda request: sent.append(request.url.path))
+            client.push_dir(folder, "resume/g")
+        assert len(sent) == count(folder) - 3
+        stored = running.http.get(f"/v1/models/resume/g/files/{WEIGHTS}").content
+        assert stored == content
+    finally:
+        running.stop()
