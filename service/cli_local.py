@@ -10,10 +10,8 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from merging.recipe import Recipe
 from service import cli_inspect
 from service.cli_console import columns, note, print_json, progress, say, size
-from service.remote.local import pinned_by_cache
 
 if TYPE_CHECKING:
     from merging.engine import Progress
@@ -71,6 +69,8 @@ def _positive(text: str) -> int:
 def _merge(args: argparse.Namespace) -> int:
     from merging.formats.result_dir import ResultDirectory
     from merging.planning import plan
+    from merging.recipe import Recipe
+    from service.remote.local import pinned_by_cache
 
     # Bad input is refused here, before the slow import of torch.
     recipe = pinned_by_cache(Recipe.load(args.recipe))
