@@ -101,7 +101,7 @@ return 'cancelling'
 )
 
 # ARGV: attempt ('' for whoever supervises), bytes, message, event. The merge waits for a larger worker.
-# Answers 'queued', 'superseded', or the state that forbids it.
+# Answers 'moved', 'superseded', or the state that forbids it.
 MOVE = (
     _COMMON
     + """

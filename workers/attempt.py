@@ -71,12 +71,13 @@ class Attempt:
             self.fail(hide_folder(hide_folder(error, folder / "inputs"), folder))
         except JobTimeoutException:
             self.fail(MergeFailure("timeout", "the merge took longer than a merge may take"))
-        except MemoryError:
-            self.move_up("it ran out of memory")
-            self.fail(MergeFailure("out_of_memory", "the merge does not fit into this worker's memory"))
         except (*TRANSIENT, OSError):
             raise  # tried again
-        except Exception:
+        except Exception as error:
+            if _no_memory(error):
+                self.move_up("it ran out of memory")
+                self.fail(MergeFailure("out_of_memory", "the merge does not fit into this worker's memory"))
+                return
             _log.exception("unexpected error in %s", self._id)
             self.fail(MergeFailure("internal_error", "an unexpected error happened; it has been logged"))
 
@@ -139,3 +140,9 @@ class Attempt:
         if answer == "cancelling":
             error = describe(Cancelled())
             self._jobs.cancelled(self._tenant, self._id, "", error)
+
+
+def _no_memory(error: Exception) -> bool:
+    from merging.engine import out_of_memory
+
+    return out_of_memory(error)
