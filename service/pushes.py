@@ -71,6 +71,16 @@ class Pushes:
         if push is not None and push.state == "waiting" and not self._under_way(merge_id, push):
             self._enqueue(tenant, merge_id, push)
 
+    def resume(self, record: MergeRecord) -> bool:
+        """Start a push again that had not ended, unless its job is there; after Redis has lost everything."""
+        push = record.push
+        if push is None or record.result is None or push.state not in ("waiting", "running"):
+            return False
+        if self._under_way(record.id, push):
+            return False
+        self._enqueue(record.tenant, record.id, push)
+        return True
+
     def note(self, record: MergeRecord, push: Push) -> None:
         """Write down how far a push is, in Redis while the record is there, and in storage."""
         tenant, merge_id = record.tenant, record.id

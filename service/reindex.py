@@ -1,8 +1,8 @@
 """Rebuild Redis from the storage: models, revisions, merges, results to reuse, what each tenant stores.
 
 Idempotent, and safe beside a running service: what Redis knows is newer and stays. Merges that had not ended
-are queued again. Lost for good are uploads that were not committed, Idempotency-Keys, counts for metrics, and
-the cancellation of a merge whose end was not in storage yet.
+are queued again, and so are pushes. Lost for good are uploads that were not committed, Idempotency-Keys,
+counts for metrics, and the cancellation of a merge whose end was not in storage yet.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from service.bulk import documents
 from service.clock import millis, now
 from service.documents import Manifest, MergeRecord, record_key
 from service.jobs import Jobs
+from service.pushes import Pushes
 from service.quota import Reservations
 from service.storage import Storage
 from service.storage.blobs import BLOBS
@@ -50,6 +51,7 @@ class Reindexer:
         self._storage = storage
         self._redis = connection
         self._jobs = Jobs(connection, storage)
+        self._pushes = Pushes(connection, self._jobs)
         self._counters = Reservations(connection, 0)
         self._done = Reindexed()
 
@@ -108,6 +110,8 @@ class Reindexer:
             self._done.found[record.state if record.ended else "unfinished"] += 1
             if record.ended:
                 self._enter(record)
+                if self._pushes.resume(record):
+                    self._done.found["pushes"] += 1
                 ended.append(record.id)
                 stored += record.result.size if record.result else 0
             elif self._queue(record):

@@ -35,6 +35,7 @@ class Up:
             "MERGANSER_PORT": "0",
             "MERGANSER_DATA_DIR": str(self.data),
             "MERGANSER_DEVICES": "cpu",
+            "MERGANSER_HF_ENDPOINTS": "",  # tests stay on this machine
             **{f"MERGANSER_{name.upper()}": value for name, value in self.settings.items()},
         }
         self.data.mkdir(parents=True, exist_ok=True)
