@@ -139,6 +139,27 @@ def test_masks_belong_to_seed_input_and_module() -> None:
     assert len({part.numpy().tobytes() for part in parts}) == 4
 
 
+@pytest.mark.parametrize("cols", [1, 2, 300, 1023, 1024, 1500])
+@pytest.mark.parametrize("kind", ["bf16 differences", "float32", "a few odd rows", "zeros", "all sizes"])
+def test_ranks_are_those_of_a_stable_sort(kind: str, cols: int) -> None:
+    generator = torch.Generator().manual_seed(cols)
+    noise = torch.randn(2, 3, 12, cols, generator=generator)
+    base = torch.randn(noise.shape, generator=generator).bfloat16()
+    x = (base.float() + 0.02 * noise).bfloat16().float() - base.float()
+    if kind == "float32":
+        x = noise
+    elif kind == "a few odd rows":
+        x[..., 3, :] += 1e-5 * noise[..., 3, :]
+        x[..., 5, 0] = 1e-20
+    elif kind == "zeros":
+        x.zero_()
+    elif kind == "all sizes":
+        x = noise * torch.exp2(-130.0 * torch.rand(noise.shape, generator=generator))
+    order = x.abs().sort(dim=-1, stable=True).indices
+    wanted = torch.empty_like(x).scatter_(-1, order, torch.arange(1.0, cols + 1).expand(x.shape))
+    assert torch.equal(rules.row_ranks(x), wanted)
+
+
 def test_masks_keep_the_share_that_is_asked_for() -> None:
     x = torch.empty(1, 2, 400, 501, dtype=torch.float64)
     shares = stream(501).keep(x, [0.1, 0.9]).mean((-2, -1))[0]
