@@ -49,7 +49,6 @@ class MergeWorker(SpawnWorker):
         options.setdefault("serializer", JSONSerializer)
         options.setdefault("job_monitoring_interval", _MONITOR_SECONDS)
         options.setdefault("worker_ttl", _WORKER_SECONDS)
-        options.setdefault("log_job_description", False)
         options.setdefault("work_horse_killed_handler", self._killed)
         super().__init__(queues, connection=connection, **options)
 

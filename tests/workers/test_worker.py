@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import redis
+from rq.job import Callback
 
 from service.broker import TASK
 from tests.redis_server import dequeue, queue
@@ -27,6 +28,26 @@ def test_a_job_is_given_up_after_seconds(worker: MergeWorker, connection: redis.
     score = connection.zscore("rq:wip:high", execution.composite_key)
     assert score is not None
     assert score - time.time() <= HEARTBEAT_SECONDS
+
+
+def test_a_job_is_taken_over_without_a_gap_and_without_what_it_calls_back(
+    worker: MergeWorker, connection: redis.Redis
+) -> None:
+    """The worker's own classes of queue, job and serializer are those that its tests are about."""
+    queue(connection, "low").enqueue_call(TASK, job_id="j", on_stopped=Callback("os.getpid"))
+    found = worker.dequeue_job_and_maintain_ttl(1)
+    assert found is not None
+    assert found[0].stopped_callback is None
+    assert connection.lrange("rq:queue:low:intermediate", 0, -1) == [b"j"]
+
+
+def test_a_worker_is_heard_of_often_enough(worker: MergeWorker, connection: redis.Redis) -> None:
+    assert 3 * worker.job_monitoring_interval < HEARTBEAT_SECONDS
+    worker.register_birth()
+    worker.heartbeat()
+    ttl = connection.ttl(worker.key)
+    assert isinstance(ttl, int)
+    assert 30 <= ttl <= 90
 
 
 def test_a_started_job_leaves_the_intermediate_list_of_any_queue(
