@@ -1,4 +1,4 @@
-"""What an upload is, an adapter or a whole model: opened, described, refused with errors a client understands."""
+"""What an upload is: opened, described, or refused with errors that a client understands."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from merging.errors import MergeError
+from service.data_uploads import inspect_data
 from service.names import WEIGHTS
 
 PARTS = "parts"
@@ -13,7 +14,7 @@ PARTS = "parts"
 
 
 def inspect(folder: Path, model: str) -> dict[str, Any]:
-    """What the manifest says about the adapter or whole model in ``folder``.
+    """What the manifest says about the adapter, whole model or data in ``folder``.
 
     Errors name the model, not the folder.
     """
@@ -21,6 +22,9 @@ def inspect(folder: Path, model: str) -> dict[str, Any]:
     from merging.dense.inputs import is_dense
 
     try:
+        data = inspect_data(folder)
+        if data is not None:
+            return data
         if is_dense(folder):
             return _inspect_whole(folder, model)
         adapter = load_adapter(folder, label=model)

@@ -20,7 +20,7 @@ _REVISION = re.compile(REVISION_PATTERN)
 _SEGMENT = re.compile(r"^[A-Za-z0-9_][A-Za-z0-9_.=+-]{0,127}$")
 _RESERVED = (RESULTS, "api", "datasets", "models", "spaces", "v1")
 WEIGHTS = ".safetensors"
-_TEXTS = (".json", ".md", ".txt", ".yaml", ".yml", ".jinja")
+_TEXTS = (".json", ".jsonl", ".md", ".txt", ".yaml", ".yml", ".jinja")
 TEXT_LIMIT = 64 << 20
 """Most bytes of a file that is not weights; the largest known ones are tokenizers."""
 

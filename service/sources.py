@@ -6,8 +6,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
+from merging.calibration.references import data_references
 from merging.errors import InputError
 from merging.recipe import Recipe
+from service.data_uploads import looks_at_data, starts_from_nothing
 from service.documents import FileEntry, MergeRecord, result_key
 from service.errors import NotFound
 from service.jobs import Jobs
@@ -45,10 +47,21 @@ class Sources:
         """
         pinned: dict[str, str] = {}
         for index, entry in enumerate(recipe.models):
-            if entry.model not in pinned:
+            if entry.model not in pinned and not starts_from_nothing(recipe):
                 pinned[entry.model] = self._pin(tenant, entry.model, f"models[{index}].model")
         base = self._pin_base(tenant, recipe, list(pinned.values()))
-        return renamed(recipe, {**pinned, **base})
+        data = {text: self._pin_data(tenant, text, field) for field, text in data_references(recipe).items()}
+        return renamed(recipe, {**pinned, **base, **data})
+
+    def _pin_data(self, tenant: str, text: str, field: str) -> str:
+        if is_remote(text):
+            raise InputError(
+                "model_reference_invalid",
+                f"{field}: samples, statistics and heads are not brought from other hubs",
+                remedy="Upload them and name them ns/name[@revision]",
+                where={"field": field, "model": text},
+            )
+        return self._pin(tenant, text, field)
 
     def _pin_base(self, tenant: str, recipe: Recipe, models: list[str]) -> dict[str, str]:
         """The base model, where the merge reads it. For adapters it is only a name and stays as it is."""
@@ -58,7 +71,7 @@ class Sources:
         if is_remote(base):
             return {base: str(self._hubs.find(base, field="base_model"))}
         reference = parse_reference(base)
-        reads = recipe.output.format == "checkpoint" or recipe.calibration is not None
+        reads = recipe.output.format == "checkpoint" or looks_at_data(recipe)
         if reference is None or not (reads or any(self._is_whole(tenant, model) for model in models)):
             return {}
         return {base: self._pin(tenant, base, "base_model")}
@@ -139,10 +152,11 @@ class Sources:
         return find
 
     def _named(self, recipe: Recipe) -> list[str]:
-        """The references to be placed: the models, and the base where it was pinned."""
+        """The references to be placed: the models, the base where it was pinned, and data."""
         base = parse_reference(recipe.base_model or "")
         pinned = [str(base)] if base is not None and base.revision is not None else []
-        return [*(entry.model for entry in recipe.models), *pinned]
+        models = [] if starts_from_nothing(recipe) else [entry.model for entry in recipe.models]
+        return [*models, *pinned, *data_references(recipe).values()]
 
     def sums(self, tenant: str, recipe: Recipe) -> dict[str, dict[str, str]]:
         """The sha256 of every file of the placed inputs, by reference and path: known since the upload."""

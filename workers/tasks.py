@@ -25,6 +25,7 @@ from service.storage import Storage
 from workers.attempt import Attempt
 from workers.environment import process_seconds
 from workers.lead import Splitter
+from workers.progress_file import ProgressFile
 from workers.rungs import rungs
 from workers.workplace import Workplace
 
@@ -58,6 +59,7 @@ class Task(Attempt):
     ) -> None:
         super().__init__(tenant, merge_id, attempt, jobs, storage, pushes)
         self._splitter = splitter
+        self._kept: ProgressFile | None = None
 
     def run(self, sources: Sources, folder: Path) -> None:
         """Claim, merge, publish; what goes wrong for good ends the merge."""
@@ -68,6 +70,9 @@ class Task(Attempt):
             self.push(answer)  # if an earlier attempt was killed right after it had published
             return
         self.guarded(lambda: self._work(sources, folder), folder)
+        record = self._jobs.find(self._tenant, self._id)
+        if self._kept is not None and (record is None or record.ended):
+            self._kept.drop()
 
     def _work(self, sources: Sources, folder: Path) -> None:
         record = self._jobs.get(self._tenant, self._id)
@@ -93,6 +98,8 @@ class Task(Attempt):
                 return
         sources.complete(self._tenant, recipe, find)
         self.advance("starting", 0.0, "starting the engine")
+        self._kept = ProgressFile(self._storage, self._tenant, self._id, folder / "checkpoint")
+        self._kept.bring()
         done = self._run_engine(recipe, record.memory_bytes, folder / "result", find)
         self.advance("store", _ENGINE_SHARE, "storing the result")
         files = []
@@ -125,6 +132,7 @@ class Task(Attempt):
                     threads=rung.threads,
                     progress=self._progress,
                     resolve=find,
+                    checkpoint=None if self._kept is None else self._kept.path,
                 )
             except MergeFailure as error:
                 if error.code != "out_of_memory":
@@ -140,4 +148,6 @@ class Task(Attempt):
     def _progress(self, progress: Any) -> None:
         """The engine's callback."""
         fraction = _ENGINE_SHARE * progress.done / max(progress.total, 1)
+        if self._kept is not None:
+            self._kept.keep()
         self.tick(progress.phase, fraction, progress.message)

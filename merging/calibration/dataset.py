@@ -125,6 +125,11 @@ def open_shared(path: str | Path, tasks: Sequence[str]) -> dict[str, Dataset]:
     }
 
 
+def count_rows(path: Path) -> int:
+    """How many rows a file of JSON lines has, for one task or several; all are checked."""
+    return len(_rows(path)[1])
+
+
 def _rows(path: Path) -> tuple[str, list[dict[str, Any]]]:
     data = _read(path)
     rows: list[dict[str, Any]] = []

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from merging.calibration.references import renamed_data
 from merging.errors import InputError
 from merging.recipe import Recipe, TakeFrom
 from service.remote.hub import RemoteHub
@@ -82,4 +83,4 @@ def renamed(recipe: Recipe, names: dict[str, str]) -> Recipe:
         update["modules_to_save"] = TakeFrom(take=names[saved.take])
     if recipe.base_model in names:
         update["base_model"] = names[recipe.base_model]
-    return recipe.model_copy(update=update)
+    return renamed_data(recipe.model_copy(update=update), names)
