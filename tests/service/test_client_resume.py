@@ -6,6 +6,7 @@ import hashlib
 import re
 import socket
 import threading
+import zlib
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
@@ -96,7 +97,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(client_uploads, "PARTS_AT_ONCE", 1)
     monkeypatch.setattr(client_uploads, "PART_BYTES", STEP)
     monkeypatch.setattr(client_uploads, "_PAUSE_SECONDS", 0.01)
-    seed = abs(hash(tmp_path)) % 10**6
+    seed = zlib.crc32(tmp_path.name.encode())
     return write_adapter(tmp_path / "a", modules={"layers.0.q_proj": (16000, 16000)}, rank=8, seed=seed)
 
 
