@@ -174,7 +174,8 @@ class Storage:
 
     def _copy(self, key: str, target: str) -> None:
         if self.root is None and obstore.head(self._store, key)["size"] > _COPY_LIMIT:
-            content = obstore.get(self._store, key).stream(min_chunk_size=_PART)
+            stream = obstore.get(self._store, key).stream(min_chunk_size=_PART)
+            content = (bytes(chunk) for chunk in stream)  # the stream itself would be taken for an async one
             obstore.put(self._store, target, content, chunk_size=_PART, max_concurrency=_PARTS_AT_ONCE)
             return
         obstore.copy(self._store, key, target)

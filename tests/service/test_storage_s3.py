@@ -16,7 +16,7 @@ import pytest
 from merging.errors import InputError
 from service.addresses import with_parameters
 from service.errors import Unavailable
-from service.storage import Storage, StorageRefused, StorageUnavailable, stores
+from service.storage import Storage, StorageRefused, StorageUnavailable, objects, stores
 from tests.seaweed import BUCKET, OWNER, READER, REGION, Seaweed
 
 STEPS: dict[str, Callable[[Storage], object]] = {
@@ -52,6 +52,19 @@ def test_more_than_a_page_of_objects_is_listed_and_removed(seaweed: Seaweed) -> 
     assert [key for key, _ in storage.keys("many")] == keys
     storage.delete_prefix("many")
     assert list(storage.keys("many")) == []
+
+
+def test_what_the_bucket_does_not_copy_by_itself_is_streamed(
+    seaweed: Seaweed, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    storage = seaweed.storage()
+    content = bytes(range(256)) * (80 << 10)
+    (tmp_path / "file").write_bytes(content)
+    storage.put_file("large", tmp_path / "file")
+    monkeypatch.setattr(objects, "_COPY_LIMIT", len(content) - 1)
+    monkeypatch.setattr("obstore.copy", None)
+    storage.copy("large", "copies/large")
+    assert b"".join(storage.chunks("copies/large")) == content
 
 
 def test_a_bucket_that_is_not_there_is_named_as_the_trouble(seaweed: Seaweed) -> None:
