@@ -27,6 +27,7 @@ from merging.errors import InputError
 from service.storage.blobs import STAGING, Arrival, Blob, blob_key
 from service.storage.failures import StorageRefused, StorageUnavailable, meaning
 from service.storage.local import Room, linked, to_disk
+from service.storage.relay import relayed
 from service.storage.stores import open_store
 
 CHUNK = 1 << 20
@@ -174,8 +175,7 @@ class Storage:
 
     def _copy(self, key: str, target: str) -> None:
         if self.root is None and obstore.head(self._store, key)["size"] > _COPY_LIMIT:
-            stream = obstore.get(self._store, key).stream(min_chunk_size=_PART)
-            content = (bytes(chunk) for chunk in stream)  # the stream itself would be taken for an async one
+            content = relayed(lambda: self.chunks(key))
             obstore.put(self._store, target, content, chunk_size=_PART, max_concurrency=_PARTS_AT_ONCE)
             return
         obstore.copy(self._store, key, target)

@@ -66,6 +66,15 @@ def test_what_the_bucket_does_not_copy_by_itself_is_streamed(
     storage.copy("large", "copies/large")
     assert b"".join(storage.chunks("copies/large")) == content
 
+    def broken(self: Storage, key: str) -> Iterator[bytes]:
+        yield content[: 10 << 20]
+        raise StorageUnavailable("storage_unavailable", "away")
+
+    monkeypatch.setattr(Storage, "chunks", broken)
+    with pytest.raises(StorageUnavailable):
+        storage.copy("large", "copies/half")
+    assert storage.size("copies/half") is None
+
 
 def test_a_bucket_that_is_not_there_is_named_as_the_trouble(seaweed: Seaweed) -> None:
     storage = seaweed.storage(bucket="no-such-bucket")
