@@ -139,15 +139,9 @@ class RankedRandom(Sparsifier):
 
 def row_order(rows: Tensor) -> Tensor:
     """Columns of each row by ascending magnitude, equal ones by column."""
-    width = rows.shape[1]
-    if rows.element_size() == 2 and width <= 1 << 16:
-        keys = rows.view(torch.int16).numpy().astype(np.uint32)
-        keys &= 0x7FFF
-        keys <<= 16
-        keys |= np.arange(width, dtype=np.uint32)
-        keys.sort(axis=1)
-        keys &= 0xFFFF
-        return torch.from_numpy(keys.view(np.int32)).long()
+    if rows.element_size() == 2:  # sorted by counting, several times faster than any other stable sort
+        keys = rows.abs().view(torch.int16).numpy()
+        return torch.from_numpy(keys.argsort(axis=1, kind="stable"))
     return rows.abs().sort(dim=1, stable=True).indices
 
 
