@@ -20,7 +20,9 @@ LINE_LIMIT = 64 << 10
 """Most bytes of a line without the content of its file."""
 
 Keep = Callable[[AsyncIterator[bytes]], Awaitable[Blob]]
-_CONTENT = re.compile(rb'(?<!\\)"content"[ \t]*:[ \t]*"')
+_CONTENT = re.compile(rb'(?<!\\)"content"[ \t]{0,8}:[ \t]{0,8}"')
+_OVERLAP = 40
+"""No match is longer; what was searched before need not be searched again, but for its end."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class CommitBody:
     def __init__(self, chunks: AsyncIterable[bytes], keep: Keep) -> None:
         self._chunks = aiter(chunks)
         self._keep = keep
-        self._buffer = b""
+        self._buffer = bytearray()
 
     async def lines(self) -> AsyncIterator[Line]:
         """Each line. Raises ``commit_malformed``, and whatever ``keep`` raises."""
@@ -53,15 +55,17 @@ class CommitBody:
 
     async def _head(self) -> tuple[bytes, bool] | None:
         """A line up to its end (False) or to the start of a content (True); None after the last one."""
+        searched = 0
         while True:
-            end = self._buffer.find(b"\n")
-            opening = _CONTENT.search(self._buffer, 0, len(self._buffer) if end < 0 else end)
+            end = self._buffer.find(b"\n", searched)
+            opening = _CONTENT.search(self._buffer, searched, len(self._buffer) if end < 0 else end)
             if opening:
                 return self._take(opening.end()), True
             if end >= 0:
                 return self._take(end + 1), False
             if len(self._buffer) > LINE_LIMIT:
                 raise _malformed(f"a line has more than {LINE_LIMIT} bytes beside its content")
+            searched = max(0, len(self._buffer) - _OVERLAP)
             if not await self._fill():
                 rest = self._take(len(self._buffer))
                 return (rest, False) if rest else None
@@ -84,7 +88,9 @@ class CommitBody:
                 raise _malformed("a content breaks off")
 
     async def _until_newline(self) -> bytes:
-        while (end := self._buffer.find(b"\n")) < 0:
+        searched = 0
+        while (end := self._buffer.find(b"\n", searched)) < 0:
+            searched = len(self._buffer)
             if len(self._buffer) > LINE_LIMIT:
                 raise _malformed(f"a line has more than {LINE_LIMIT} bytes beside its content")
             if not await self._fill():
@@ -99,7 +105,8 @@ class CommitBody:
         return True
 
     def _take(self, count: int) -> bytes:
-        taken, self._buffer = self._buffer[:count], self._buffer[count:]
+        taken = bytes(self._buffer[:count])
+        del self._buffer[:count]
         return taken
 
 

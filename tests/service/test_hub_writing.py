@@ -220,7 +220,7 @@ def test_a_refused_commit_changes_nothing(http: httpx.Client, folders: tuple[Pat
     config = folders[0] / "adapter_config.json"
     weights, lfs = "adapter_model.safetensors", {"path": "a.safetensors", "oid": "0" * 64}
     for lines, code in (
-        ([added(weights, b"no weights")], "adapter_config_missing"),
+        ([added(weights, (folders[0] / weights).read_bytes())], "adapter_config_missing"),
         ([added(config.name, config.read_bytes()), added(weights, bytes(64))], None),
         ([added("a.bin", b"x")], "pickle_not_accepted"),
         ([added("../up.md", b"x")], "path_invalid"),
