@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import httpx
 import pytest
 from adapters import write_adapter
 
+from service.auth import Keys, Scope
+from service.storage import Storage
 from tests.running import Up
 from tests.service.hub_client import python
 from tests.service.test_hub_writing import body, made
@@ -89,38 +92,56 @@ def test_a_small_object_goes_in_one_piece(http: httpx.Client) -> None:
     assert http.get("/hf/lfs/basic/resolve/main/a.json").content == content
 
 
-def test_a_large_object_goes_in_parts(up: Up, tmp_path: Path) -> None:
-    with Limits(tmp_path) as running:
-        http = running.http
+@pytest.fixture(scope="module")
+def keyed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
+    """A service with keys, which takes larger files than the shared one."""
+    running = Up(tmp_path_factory.mktemp("keyed"), auth="keys")
+    yield running
+    assert running.stop() == 0, running.log()
+
+
+def key(up: Up, tenant: str, scope: Scope) -> str:
+    return Keys(Storage.open(up.storage.as_uri())).create(tenant, [scope])[0]
+
+
+def test_a_large_object_goes_in_parts_that_need_no_key(keyed: Up) -> None:
+    with httpx.Client(base_url=keyed.url, timeout=30, trust_env=False) as http:
+        http.headers["Authorization"] = f"Bearer {key(keyed, 'owner', 'write')}"
         at = made(http, "lfs/parts")
         content = b'{"a": "' + b"x" * (40 << 20) + b'"}'
         upload = batch(http, "lfs/parts", content)["actions"]["upload"]
         size = int(upload["header"]["chunk_size"])
-        urls = [upload["header"][key] for key in sorted(upload["header"]) if key.isdigit()]
+        urls = [upload["header"][name] for name in sorted(upload["header"]) if name.isdigit()]
         assert len(urls) == -(-len(content) // size) > 1
-        etags = []
-        for number, url in enumerate(urls):
-            answer = http.put(url, content=content[number * size : (number + 1) * size])
-            etags.append({"partNumber": number + 1, "etag": answer.headers["etag"]})
         oid = hashlib.sha256(content).hexdigest()
-        done = http.post(upload["href"], json={"oid": oid, "parts": etags})
-        assert done.status_code == 200, done.text
+        done = {"oid": oid, "parts": []}
+        for number, url in enumerate(urls):
+            answer = keyed.http.put(url, content=content[number * size : (number + 1) * size])
+            done["parts"].append({"partNumber": number + 1, "etag": answer.headers["etag"]})  # type: ignore
+        assert keyed.http.post(urls[0], json=done).status_code in (401, 403, 405)
+        assert keyed.http.post(upload["href"], json=done).status_code == 200
         line = {"path": "a.json", "algo": "sha256", "oid": oid, "size": len(content)}
         assert http.post(f"{at}/commit/main", content=body(("lfsFile", line))).status_code == 200
         assert "actions" not in batch(http, "lfs/parts", content)
+        http.headers["Authorization"] = f"Bearer {key(keyed, 'stranger', 'write')}"
+        theirs = made(http, "lfs/parts")
+        assert "actions" in batch(http, "lfs/parts", content), "nobody learns what others have"
+        refused = http.post(f"{theirs}/commit/main", content=body(("lfsFile", line)))
+        assert refused.json()["code"] == "content_not_uploaded"
 
 
-class Limits:
-    """A service that takes larger files than the shared one."""
-
-    def __init__(self, data: Path) -> None:
-        self.up = Up(data / "up")
-
-    def __enter__(self) -> Up:
-        return self.up
-
-    def __exit__(self, *_: object) -> None:
-        assert self.up.stop() == 0, self.up.log()
+def test_clients_write_with_a_key_that_may(keyed: Up, folder: Path, tmp_path: Path) -> None:
+    may = {"HF_HUB_DISABLE_XET": "1", "HF_TOKEN": key(keyed, "owner", "write")}
+    first, second, _, sent = python(keyed, tmp_path, SEND, str(folder), "lfs/keyed", **may)
+    assert first == second
+    assert len(sent) == 1
+    with httpx.Client(base_url=keyed.url, timeout=30, trust_env=False) as http:
+        http.headers["Authorization"] = f"Bearer {key(keyed, 'owner', 'read')}"
+        assert http.get("/hf/api/models/lfs/keyed").status_code == 200
+        for path in ("/hf/api/repos/create", "/hf/api/models/lfs/keyed/commit/main"):
+            answer = http.post(path, json={"name": "x"})
+            assert (answer.status_code, answer.json()["code"]) == (403, "scope_missing")
+        assert http.post("/hf/api/validate-yaml", json={"content": "# x"}).status_code == 200
 
 
 def test_content_is_refused_before_it_is_committed(http: httpx.Client) -> None:
