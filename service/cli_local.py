@@ -68,12 +68,15 @@ def _positive(text: str) -> int:
 
 def _merge(args: argparse.Namespace) -> int:
     from merging.formats.result_dir import ResultDirectory
-    from merging.planning import plan
+    from merging.mergekit.detect import claimed
+    from merging.planning import local_path, plan
     from merging.recipe import Recipe
     from service.remote.local import pinned_by_cache
 
     # Bad input is refused here, before the slow import of torch.
-    recipe = pinned_by_cache(Recipe.load(args.recipe))
+    recipe: Recipe | Path = args.recipe
+    if claimed(args.recipe, local_path) is None:
+        recipe = pinned_by_cache(Recipe.load(args.recipe))
     plan(recipe)
     ResultDirectory(args.out, args.overwrite).check()
 
