@@ -14,7 +14,8 @@ import torch
 from merging import catalog, execute
 from merging.calibration.plane import calibrated
 from merging.compress import RankRule
-from merging.dense.inputs import wants_dense
+from merging.dense.fuse import merge_fused
+from merging.dense.inputs import wants_dense, wants_fusing
 from merging.dense.merge import merge_dense
 from merging.errors import Cancelled, InputError, MergeError, MergeFailure
 from merging.formats.result_dir import ResultDirectory
@@ -98,6 +99,27 @@ def merge(
         steps.say("publish")
         return MergeResult(Path(out_dir), digest, report, time.perf_counter() - started, files)
     loaded = Recipe.load(recipe)
+    if wants_fusing(loaded, resolve or local_path):
+
+        def adapter(inner: Recipe, folder: Path) -> dict[str, Any]:
+            done = merge(
+                inner, folder, device=device, threads=threads, progress=progress, resolve=resolve,
+                checkpoint=checkpoint,
+            )  # fmt: skip
+            return done.report
+
+        digest, report, files = merge_fused(
+            loaded,
+            Path(out_dir),
+            merge_adapters=adapter,
+            resolve=resolve or local_path,
+            threads=threads or default_threads(),
+            say=steps.set,
+            overwrite=overwrite,
+            memory_budget=memory_budget,
+            shard_bytes=shard_bytes,
+        )
+        return MergeResult(Path(out_dir), digest, report, time.perf_counter() - started, files)
     if wants_dense(loaded, resolve or local_path):
         digest, report, files = merge_dense(
             loaded,

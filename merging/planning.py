@@ -18,7 +18,7 @@ from merging.calibration.checks import check_inputs
 from merging.calibration.inputs import Inputs, find_inputs, refuse_data
 from merging.calibration.outlook import outlook
 from merging.catalog import Resolved
-from merging.dense.inputs import wants_dense
+from merging.dense.inputs import wants_dense, wants_fusing
 from merging.errors import InputError
 from merging.formats.adapter import Adapter, Module, open_adapter
 from merging.formats.compatible import Compatibility, check_compatible
@@ -281,6 +281,10 @@ def plan(recipe: Any, *, resolve: Resolve | None = None) -> Plan:
 
         return describe(config[0], name=config[1], resolve=resolve or local_path)
     loaded = Recipe.load(recipe)
+    if wants_fusing(loaded, resolve or local_path):
+        from merging.dense.fuse import describe_fused
+
+        return describe_fused(loaded, resolve=resolve or local_path, plan=plan)
     if wants_dense(loaded, resolve or local_path):
         from merging.dense.describe import describe_dense
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from merging.catalog.linear import SlerpParams
 from merging.dense import spectral
 from merging.dense.plan import DensePlan
-from merging.dense.stack import DenseStack, Rows, StoredRows, adapter_rows
+from merging.dense.stack import DenseStack, HeldRows, Rows, StoredRows, adapter_rows
 from merging.dense.table import Input, TensorJob
 from merging.errors import InputError, MergeFailure
 from merging.formats.adapter import Adapter
@@ -82,6 +82,8 @@ def open_stack(plan: DensePlan, job: TensorJob, scales: Sequence[float] = ()) ->
 def _rows(plan: DensePlan, entry: Input, n: int, dtype: torch.dtype) -> Rows:
     model = plan.models[entry.model]
     if isinstance(model, Adapter):
+        if entry.kind == "full":
+            return HeldRows(model.full_tensor(entry.key).reshape(-1, n))
         return adapter_rows(model, entry.key, dtype)
     return StoredRows(model, entry.key, n)
 

@@ -6,7 +6,8 @@ from typing import Any
 
 import yaml
 
-from merging.card import code, number, paper, plain
+from merging import catalog
+from merging.card import code, model_card, number, paper, plain
 from merging.dense.plan import DensePlan
 
 _WHAT = {"checkpoint": "a full checkpoint", "delta": "a task vector", "lora": "a LoRA adapter"}
@@ -15,6 +16,9 @@ _LIBRARY = {"checkpoint": "transformers", "delta": None, "lora": "peft"}
 
 def dense_card(plan: DensePlan, report: dict[str, Any]) -> str:
     """Markdown with front matter, as model hubs read it."""
+    if plan.origin is not None:
+        method, base = catalog.get(report["method"]), plan.recipe.base_model
+        return model_card(plan.origin.recipe, method, report, base, library="transformers")
     output, method, summary = plan.recipe.output, plan.resolved.method, report["summary"]
     front: dict[str, Any] = {"tags": ["merge", "merganser"]}
     if _LIBRARY[output.format]:

@@ -47,9 +47,10 @@ def finalise(
         files.update({part.file: part.sha256 for part in parts})
         files.update(_beside(plan, parts, out))
     report = dense_report(plan, parts, settled)
+    recipe = plan.recipe if plan.origin is None else plan.origin.recipe
     for name, text in (
         ("README.md", card.dense_card(plan, report)),
-        ("merge.yaml", plan.recipe.to_yaml()),
+        ("merge.yaml", recipe.to_yaml()),
         ("report.json", json_text(report)),
     ):
         files[name] = _text(out / name, text)

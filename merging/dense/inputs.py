@@ -38,12 +38,29 @@ def open_model(path: Path, label: str) -> Model:
 
 
 def wants_dense(recipe: Recipe, resolve: Resolve) -> bool:
-    """Whether a recipe needs the dense route: an input is dense, or the output is a checkpoint."""
+    """Whether a recipe needs the dense route: for dense inputs, or entries of adapters to a checkpoint."""
     if recipe.output.format == "checkpoint":
-        return True
+        return not wants_fusing(recipe, resolve)
     if catalog.get(recipe.merge_method).contract.initial:
         return False  # there are no models yet
     return any(is_dense(resolve(entry.model)) for entry in recipe.models)
+
+
+def wants_fusing(recipe: Recipe, resolve: Resolve) -> bool:
+    """Whether adapters are merged into one adapter first, which is then added to the base.
+
+    That is how adapters become a checkpoint, but for methods whose result is no adapter: those that treat
+    the entries of whole matrices.
+    """
+    if recipe.output.format != "checkpoint" or any(is_dense(resolve(entry.model)) for entry in recipe.models):
+        return False
+    entries = is_entrywise(recipe.merge_method) and recipe.space in (None, "full")
+    return not entries or catalog.get(recipe.merge_method).name in ("linear", "slerp")
+
+
+def is_entrywise(name: str) -> bool:
+    """Whether a method acts on the entries in full space unless told otherwise."""
+    return catalog.get(name).contract.spaces[:1] == ("full",) and catalog.get(name).name != "svd"
 
 
 def open_base(recipe: Recipe, resolve: Resolve) -> TensorSet | None:

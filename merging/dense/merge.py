@@ -8,7 +8,7 @@ from typing import Any
 
 from merging.dense.finish import finalise
 from merging.dense.inputs import Resolve
-from merging.dense.plan import prepare_dense
+from merging.dense.plan import Origin, prepare_dense
 from merging.dense.resume import Attempt, attempt_key
 from merging.dense.runner import DenseRunner, thread_limit
 from merging.execute import single_threaded
@@ -30,6 +30,7 @@ def merge_dense(
     memory_budget: int | None = None,
     shard_bytes: int | None = None,
     sums: Mapping[str, str] | None = None,
+    origin: Origin | None = None,
 ) -> tuple[str, dict[str, Any], dict[str, str]]:
     """Merge into the folder ``out``; the digest of the recipe, the report and the sha256 of every file.
 
@@ -37,7 +38,7 @@ def merge_dense(
     """
     ResultDirectory(out, overwrite).check()
     with (
-        prepare_dense(recipe, resolve=resolve, shard_bytes=shard_bytes, sums=sums) as plan,
+        prepare_dense(recipe, resolve=resolve, shard_bytes=shard_bytes, sums=sums, origin=origin) as plan,
         single_threaded(),
     ):
         done = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ from typing import Any
 
 from merging import catalog
 from merging.catalog import Resolved
-from merging.dense.inputs import Model, Resolve, open_base, open_model
+from merging.dense.inputs import Model, Resolve, is_dense, is_entrywise, open_base, open_model
 from merging.dense.table import FLOATS, Table, TensorJob, base_required, build_table
 from merging.errors import InputError
 from merging.formats.adapter import Adapter
@@ -38,6 +39,14 @@ class ShardPlan:
 
 
 @dataclass(frozen=True)
+class Origin:
+    """Where the one adapter that is added to a base comes from: the recipe and report of its merge."""
+
+    recipe: Recipe
+    report: dict[str, Any]
+
+
+@dataclass(frozen=True)
 class DensePlan:
     """A checked dense merge. Models and per-model parameters share one order.
 
@@ -52,6 +61,7 @@ class DensePlan:
     table: Table
     shard_bytes: int = SHARD_BYTES
     sums: Mapping[str, str] | None = None
+    origin: Origin | None = None
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -82,11 +92,18 @@ class DensePlan:
     @cached_property
     def digest(self) -> str:
         """The digest of the recipe with all its inputs, the base included. Reads every file."""
+        if self.origin is not None:
+            return self._fused_digest(self.origin)
         found = {model.label: self.digest_of(model) for model in self.models}
         recipe = self.recipe
         if self.base is not None and recipe.base_model is not None:
             recipe = recipe.model_copy(update={"base_model": self.digest_of(self.base)})
         return recipe.digest(found, ordered=self.resolved.method.contract.ordered)
+
+    def _fused_digest(self, origin: Origin) -> str:
+        assert self.base is not None
+        parts = [origin.report["recipe_digest"], self.digest_of(self.base), self.recipe.output.model_dump()]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     @cached_property
     def shards(self) -> tuple[ShardPlan, ...]:
@@ -123,13 +140,14 @@ def prepare_dense(
     canonical: bool = True,
     shard_bytes: int | None = None,
     sums: Mapping[str, str] | None = None,
+    origin: Origin | None = None,
 ) -> Iterator[DensePlan]:
     """Open and check the inputs of a dense merge; they are closed on exit.
 
     With ``canonical`` the models are put into an order that depends on their content only, which reads every
     file unless ``sums`` gives its digest (by the reference in the recipe).
     """
-    resolved = resolve_dense(recipe)
+    resolved = resolve_dense(recipe, whole=any(is_dense(resolve(entry.model)) for entry in recipe.models))
     recipe = _spelled_out(recipe, resolved)
     opened: list[TensorSet | Adapter] = []
     try:
@@ -148,10 +166,12 @@ def prepare_dense(
             base,
             models,
             missing=recipe.missing_modules,
-            full_modules=recipe.modules_to_save if isinstance(recipe.modules_to_save, str) else "take",
+            full_modules=_full_modules(recipe, origin),
             allow_base_mismatch=recipe.allow_base_mismatch,
         )
-        plan = DensePlan(recipe, resolved, base, tuple(models), table, shard_bytes or SHARD_BYTES, sums)
+        plan = DensePlan(
+            recipe, resolved, base, tuple(models), table, shard_bytes or SHARD_BYTES, sums, origin
+        )
         _check_output(plan)
         yield plan
     finally:
@@ -159,10 +179,17 @@ def prepare_dense(
             one.close()
 
 
-def resolve_dense(recipe: Recipe) -> Resolved:
+def _full_modules(recipe: Recipe, origin: Origin | None) -> str:
+    """What becomes of the tensors that an adapter holds in full."""
+    if origin is not None:
+        return "replace"  # they were merged with the adapter
+    return recipe.modules_to_save if isinstance(recipe.modules_to_save, str) else "take"
+
+
+def resolve_dense(recipe: Recipe, *, whole: bool = True) -> Resolved:
     """The method with its parameters, or why it does not take dense inputs.
 
-    For whole models ``lambda`` is 1 unless the recipe states it. Raises ``dense_inputs_unsupported``,
+    For ``whole`` models ``lambda`` is 1 unless the recipe states it. Raises ``dense_inputs_unsupported``,
     ``space_not_supported`` and what :func:`merging.catalog.resolve` raises.
     """
     method = catalog.get(recipe.merge_method)
@@ -183,16 +210,11 @@ def resolve_dense(recipe: Recipe) -> Resolved:
             remedy="Remove `space`, or set `space: full`.",
             where={"field": "space"},
         )
-    update: dict[str, Any] = {"parameters": {"lambda": 1.0, **recipe.parameters}}
+    update: dict[str, Any] = {"parameters": {**({"lambda": 1.0} if whole else {}), **recipe.parameters}}
     if entrywise:
         update["space"] = "full"
     resolved = catalog.resolve(recipe.model_copy(update=update))
     return resolved if entrywise else replace(resolved, space=None)
-
-
-def is_entrywise(name: str) -> bool:
-    """Whether a method acts on the entries in full space unless told otherwise."""
-    return catalog.get(name).contract.spaces[:1] == ("full",) and catalog.get(name).name != "svd"
 
 
 def _spelled_out(recipe: Recipe, resolved: Resolved) -> Recipe:

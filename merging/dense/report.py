@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from merging.dense.inputs import Model
-from merging.dense.plan import DensePlan
+from merging.dense.plan import DensePlan, Origin
 from merging.dense.runner import Settled, ShardResult
 from merging.diagnostics.telling import relation
 from merging.report import versions
@@ -15,6 +15,8 @@ from merging.report import versions
 
 def dense_report(plan: DensePlan, parts: Sequence[ShardResult], settled: Settled) -> dict[str, Any]:
     """The same for the same recipe, inputs, seed and versions, however the shards were made."""
+    if plan.origin is not None:
+        return _fused(plan, plan.origin, parts)
     tensors = [tensor for part in parts for tensor in part.tensors]
     return {
         "recipe_digest": plan.digest,
@@ -23,15 +25,29 @@ def dense_report(plan: DensePlan, parts: Sequence[ShardResult], settled: Settled
         "seed": plan.recipe.seed,
         "device": "cpu",
         "versions": versions(),
-        "base": None
-        if plan.base is None
-        else {"model": plan.base.label, "digest": plan.digest_of(plan.base)},
+        "base": _base(plan),
         "inputs": [_input(plan, index, model) for index, model in enumerate(plan.models)],
         "summary": _summary(plan, tensors, settled.lambda_),
         "modules": {tensor["name"]: _entry(plan, tensor, settled.lambda_) for tensor in tensors},
         "files": {part.file: part.sha256 for part in parts},
-        "warnings": _warnings(plan, parts, tensors, settled),
+        "warnings": _warnings(plan, parts),
     }
+
+
+def _fused(plan: DensePlan, origin: Origin, parts: Sequence[ShardResult]) -> dict[str, Any]:
+    """The report of the adapter that was added to the base, with what became of it."""
+    found = {
+        **origin.report,
+        "recipe_digest": plan.digest,
+        "base": _base(plan),
+        "files": {part.file: part.sha256 for part in parts},
+    }
+    found["warnings"] = [*origin.report["warnings"], *_warnings(plan, parts)]
+    return found
+
+
+def _base(plan: DensePlan) -> dict[str, str] | None:
+    return None if plan.base is None else {"model": plan.base.label, "digest": plan.digest_of(plan.base)}
 
 
 def _input(plan: DensePlan, index: int, model: Model) -> dict[str, Any]:
@@ -96,9 +112,7 @@ def _entry(plan: DensePlan, tensor: dict[str, Any], factor: float) -> dict[str, 
     }
 
 
-def _warnings(
-    plan: DensePlan, parts: Sequence[ShardResult], tensors: Sequence[dict[str, Any]], settled: Settled
-) -> list[dict[str, str]]:
+def _warnings(plan: DensePlan, parts: Sequence[ShardResult]) -> list[dict[str, str]]:
     found = {(entry["code"], entry["message"]) for part in parts for entry in part.warnings}
     found |= {("inputs_warning", text) for text in plan.table.warnings}
     for model in plan.models:

@@ -49,6 +49,7 @@ class Attempt(ResultDirectory):
 
     def __enter__(self) -> Self:
         self.out.parent.mkdir(parents=True, exist_ok=True)
+        self._recover()
         self._clear_others()
         old = self.path.with_name(self.path.name + ".old")
         if old.is_dir() and not self.out.exists():

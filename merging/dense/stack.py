@@ -72,6 +72,19 @@ class StoredRows:
         return raw.view(stop - start, self._n)
 
 
+class HeldRows:
+    """The rows of a tensor in memory."""
+
+    def __init__(self, matrix: Tensor) -> None:
+        self._matrix = matrix
+
+    def load(self, start: int, stop: int, out: Tensor) -> None:
+        out.copy_(self._matrix[start:stop])
+
+    def pick(self, row_step: int, col_step: int, out: Tensor) -> None:
+        out.copy_(self._matrix[::row_step, ::col_step])
+
+
 class ProductRows:
     """The rows of ``left (m, r) @ right (r, n)``, made block by block: an adapter is never written out."""
 

@@ -88,9 +88,10 @@ def build_table(
     """Match the models with the base.
 
     ``missing`` decides about tensors that a checkpoint lacks, ``full_modules`` about those that an adapter
-    holds in full (``modules_to_save``). Raises :class:`InputError`: ``tensor_shape_mismatch``,
-    ``tensor_kind_mismatch``, ``missing_tensors``, ``extra_tensors``, ``architecture_mismatch``,
-    ``unmatched_modules``, ``modules_to_save``, ``adapter_family_unsupported``.
+    holds in full (``modules_to_save``): ``replace`` those of the base, ``drop``, or anything else to refuse
+    them. Raises :class:`InputError`: ``tensor_shape_mismatch``, ``tensor_kind_mismatch``,
+    ``missing_tensors``, ``extra_tensors``, ``architecture_mismatch``, ``unmatched_modules``,
+    ``modules_to_save``, ``adapter_family_unsupported``.
     """
     return _Matcher(base, models, missing, full_modules, allow_base_mismatch).table()
 
@@ -256,7 +257,9 @@ class _Matcher:
                 "unmatched_modules", adapter, "adapts modules that the base does not have", unmatched,
                 "Give the base that the adapter was trained on; the names must agree",
             )  # fmt: skip
-        if adapter.full_tensors and self.full_modules != "drop":
+        if self.full_modules == "replace":
+            self._replacements(index, adapter)
+        elif adapter.full_tensors and self.full_modules != "drop":
             raise InputError(
                 "modules_to_save",
                 f"{adapter.label} holds fully trained tensors ({next(iter(adapter.full_tensors))}), which "
@@ -264,6 +267,18 @@ class _Matcher:
                 remedy="Set modules_to_save: drop to leave them out, or fold the adapter into a checkpoint",
                 where={"model": adapter.label, "field": "modules_to_save"},
             )
+
+    def _replacements(self, index: int, adapter: Adapter) -> None:
+        """Tensors that an adapter holds in full stand for those of the base."""
+        unknown = [name for name in adapter.full_tensors if name not in self.frame]
+        if unknown:
+            raise self._listing(
+                "unmatched_modules", adapter, "holds tensors that the base does not have", unknown,
+                "Give the base that the adapter was trained on; the names must agree",
+            )  # fmt: skip
+        for name, info in adapter.full_tensors.items():
+            self._check_shape(adapter, name, info.shape, self.frame[name].shape)
+            self.inputs[name].append(Input(index, name, "full"))
 
     def _listing(self, code: str, model: Model, what: str, names: Sequence[str], remedy: str) -> InputError:
         shown = ", ".join(names[:_SHOWN]) + (" ..." if len(names) > _SHOWN else "")

@@ -7,7 +7,8 @@ import os
 import re
 import secrets
 import shutil
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -110,6 +111,21 @@ class ResultDirectory:
                 shutil.rmtree(entry, ignore_errors=True)
             if handle is not None:
                 os.close(handle)
+
+
+@contextmanager
+def scratch_beside(out: Path) -> Iterator[Path]:
+    """A hidden folder beside ``out`` for work on it, gone at the end; a killed one's is removed later."""
+    holder = ResultDirectory(out, overwrite=True)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    holder.path.mkdir()
+    handle = lock_folder(holder.path)
+    try:
+        yield holder.path
+    finally:
+        shutil.rmtree(holder.path, ignore_errors=True)
+        if handle is not None:
+            os.close(handle)
 
 
 def lock_folder(folder: Path) -> int | None:
