@@ -79,14 +79,14 @@ def test_differing_numbers_are_counted(tmp_path: Path) -> None:
 
 
 def test_the_table_states_ratios_to_the_floor_and_failures() -> None:
-    run = {"cpu": 2.0, "wall": 3.0, "anonymous": 4e6}
+    run = {"cpu": 2.0, "wall": 3.0, "process": 5.0, "anonymous": 4e6}
     rows = [
         Row("floor", "sum", [run]),
         Row("ours", "ties", [{**run, "cpu": 5.0}, {**run, "cpu": 7.0}, {**run, "cpu": 6.0}]),
         Row("mergekit", "ties", error="no module"),
     ]
     assert checkpoints.table(rows).splitlines()[2:] == [
-        "| sum | floor | 2.00 | 1.00 |  | 3.00 | 4 |",
-        "| ties | ours | 6.00 | 3.00 | <= 4 | 3.00 | 4 |",
-        "| ties | mergekit | failed: no module | | | | |",
+        "| sum | floor | 2.00 | 1.00 |  | 3.00 | 5.00 | 4 |",
+        "| ties | ours | 6.00 | 3.00 | <= 4 | 3.00 | 5.00 | 4 |",
+        "| ties | mergekit | failed: no module | | | | | |",
     ]
