@@ -212,6 +212,9 @@ def test_out_of_memory_with_a_larger_worker(small: Up, spare: int, tmp_path: Pat
             os.kill(small.horse(), signal.SIGKILL)
         moved = until(lambda: queued_again(client, merge_id), what="it waits for the larger worker")
         assert moved["memory_class"] == 8
+        with small.redis() as connection:
+            waits = [merge_id.encode()]
+            until(lambda: connection.lrange("rq:queue:merges-8g", 0, -1) == waits, what="so does its job")
         os.kill(spare, signal.SIGCONT)
         done = client.wait(merge_id)
         assert (done["state"], done["attempts"]) == ("succeeded", 2)

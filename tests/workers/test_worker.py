@@ -37,7 +37,7 @@ def test_a_job_is_taken_over_without_a_gap_and_without_what_it_calls_back(
     queue(connection, "low").enqueue_call(TASK, job_id="j", on_stopped=Callback("os.getpid"))
     found = worker.dequeue_job_and_maintain_ttl(1)
     assert found is not None
-    assert found[0].stopped_callback is None
+    assert (found[0].func_name, found[0].stopped_callback) == (TASK, None)
     assert connection.lrange("rq:queue:low:intermediate", 0, -1) == [b"j"]
 
 
