@@ -318,8 +318,15 @@ class Jobs:
             f"{tenant}/{merge_id}",
         )
         if answer == "finished":
+            if state == "succeeded":
+                self._make_known(self.find(tenant, merge_id))
             self._settle_if_possible(tenant, merge_id)
         return answer
+
+    def _make_known(self, record: MergeRecord | None) -> None:
+        """Let the result be used again. At once: whoever saw the end may ask for the same the next moment."""
+        if record is not None and record.digest:
+            self._redis.hset(results_key(record.tenant), record.digest, record.id)
 
     def _settle_if_possible(self, tenant: str, merge_id: str) -> None:
         """An end counts even while the storage is away; whoever supervises settles it later."""
@@ -331,8 +338,7 @@ class Jobs:
         tally.note(self._redis, record)
         if record.state != "succeeded":
             return
-        if record.digest:
-            self._redis.hset(results_key(record.tenant), record.digest, record.id)
+        self._make_known(record)
         if record.result is not None:
             self._redis.incrby(usage_key(record.tenant), record.result.size)
         if record.started_at and record.finished_at:

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sysconfig
 import tempfile
+import threading
 import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -19,6 +20,7 @@ import pytest
 from obstore.exceptions import BaseError
 from obstore.store import S3Store
 
+from service import deathsig
 from service.addresses import with_parameters
 from service.storage import Storage
 from tests.running import until
@@ -81,14 +83,17 @@ class Seaweed:
 
     def start(self) -> None:
         """Start it, again after :meth:`kill`, and wait until it serves."""
+        command = [
+            *(str(Path(sysconfig.get_path("scripts")) / "weed"), "mini", f"-dir={self._folder}"),
+            *(f"-s3.config={self._folder / 's3.json'}", *self._ports, *_QUIET),
+            f"-filer.localSocket={self._sockets.name}/filer",
+            f"-s3.localSocket={self._sockets.name}/s3",
+        ]
+        if threading.current_thread() is threading.main_thread():  # it would end with any other thread
+            command = deathsig.wrap(command)
         with (self._folder / "log").open("ab") as log:
             self.process = subprocess.Popen(
-                [
-                    *(str(Path(sysconfig.get_path("scripts")) / "weed"), "mini", f"-dir={self._folder}"),
-                    *(f"-s3.config={self._folder / 's3.json'}", *self._ports, *_QUIET),
-                    f"-filer.localSocket={self._sockets.name}/filer",
-                    f"-s3.localSocket={self._sockets.name}/s3",
-                ],
+                command,
                 cwd=self._folder,
                 env={name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ},
                 stdin=subprocess.DEVNULL,

@@ -7,6 +7,7 @@ from typing import NoReturn
 
 import pytest
 
+from service.documents import MergeResult
 from service.jobs import MAX_RETRIES, Jobs
 from service.storage import Storage, StorageRefused, StorageUnavailable
 from tests.redis_server import RECIPE
@@ -56,3 +57,14 @@ def test_an_end_that_cannot_be_written_is_written_later(
     assert jobs.settle("t", merge.id) is not None
     assert storage.get_json(f"merges/t/{merge.id}.json")["state"] == "failed"
     assert jobs.members("mg:unsaved") == []
+
+
+def test_a_result_can_be_used_again_as_soon_as_its_end_can_be_seen(
+    jobs: Jobs, storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    merge = jobs.create("t", RECIPE, digest="digest")
+    jobs.claim("t", merge.id, "one")
+    monkeypatch.setattr(storage, "put_json", lambda key, document: fail_with(TROUBLES[0]))
+    done = MergeResult(attempt="one", recipe_digest="0", seconds=1.0, files=())
+    assert jobs.publish("t", merge.id, done) == "finished"
+    assert jobs.known_result("t", "digest") == merge.id
