@@ -23,6 +23,7 @@ from merging.dense.extract import write_extracted
 from merging.dense.plan import DensePlan, ShardPlan
 from merging.dense.stack import DenseStack, StoredRows
 from merging.dense.table import TensorJob
+from merging.errors import MergeFailure
 from merging.execute import in_order
 from merging.formats.checkpoint_out import ShardWriter
 from merging.formats.guard import ITEM_BYTES
@@ -156,14 +157,15 @@ class DenseRunner:
     ) -> blocks.Measured:
         """Merge one tensor, handing the unscaled update to ``emit`` block by block."""
         stack = stack or blocks.open_stack(self.plan, job, settled.scales)
-        found = blocks.merged_blocks(
-            stack,
-            self.kernel,
-            self.plan.resolved.method.name,
-            replace(self.context, shared=settled.shared),
-            vector=len(job.shape) != 2,
-        )
-        measured = blocks.measured(job, found, emit)
+        context = replace(self.context, shared=settled.shared)
+        try:
+            found = blocks.merged_blocks(
+                stack, self.kernel, self.plan.resolved.method.name, context, vector=len(job.shape) != 2
+            )
+            measured = blocks.measured(job, found, emit)
+        except (MergeFailure, torch.linalg.LinAlgError):
+            blocks.check_inputs(self.plan, job)  # the cause, if it is in the inputs
+            raise
         if not all(math.isfinite(value) for value in (measured.norm2, *measured.inputs2, *measured.inner)):
             blocks.check_inputs(self.plan, job)
         return measured

@@ -244,7 +244,7 @@ def test_an_adapter_is_extracted_and_its_loss_told(
     model = write_checkpoint(tmp_path / "m", {**tensors, **vectors})
     data = recipe(base, [model], output={"format": "lora", **output})
     done = merging.merge(data, tmp_path / "out", device="cpu")
-    found = products(tmp_path / "out")
+    found, start = products(tmp_path / "out"), read_all(base)
     for name in MODULES:
         key = f"{name}.weight"
         delta = tensors[key].double() - start[key].double()
