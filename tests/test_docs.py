@@ -12,7 +12,7 @@ from pydantic import BaseModel
 
 from merging import catalog
 from merging.mergekit.config import is_mergekit
-from merging.mergekit.config import parse as mergekit_config
+from merging.mergekit.reader import parse as mergekit_config
 from merging.recipe import ModelEntry, Output, Prepare, Recipe, parse_document
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from merging.errors import InputError
-from merging.mergekit.config import is_mergekit
+from merging.mergekit.config import is_either, is_mergekit
 from merging.recipe import Recipe, read_document
 
 
@@ -15,14 +15,15 @@ def claimed(source: Any, resolve: Callable[[str], Path]) -> tuple[Mapping[str, A
     """The document and its name if ``source`` (a mapping or a path) is for mergekit, else ``None``.
 
     It is if it says what a recipe cannot say (:func:`merging.mergekit.config.is_mergekit`), or if it says
-    ``compat: mergekit`` at the top and its models are whole checkpoints.
+    nothing that only a recipe can say and all its models are whole checkpoints: as a recipe it would lack
+    an ``output``.
     """
     if isinstance(source, Recipe):
         return None
     data, name = read_document(source)
     if is_mergekit(data):
         return data, name
-    if data.get("compat") == "mergekit" and _whole(data, resolve):
+    if is_either(data) and _whole(data, resolve):
         return data, name
     return None
 

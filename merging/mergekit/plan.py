@@ -19,7 +19,8 @@ from merging.formats.checkpoint_in import open_checkpoint
 from merging.formats.guard import ITEM_BYTES
 from merging.formats.shards import shard_names
 from merging.formats.tensor_set import TensorSet
-from merging.mergekit.config import MergekitConfig, parse
+from merging.mergekit.config import MergekitConfig
+from merging.mergekit.reader import parse
 from merging.mergekit.schedule import Output, Schedule, schedule
 from merging.mergekit.tokenizers import check_tokenizers
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from merging.formats.guard import check_safetensors
 from merging.formats.header import TensorInfo
-from merging.mergekit import config as configs
+from merging.mergekit import reader as configs
 from merging.mergekit.arithmetic import TORCH, Work, merge
 from merging.mergekit.entries import Held
 from merging.mergekit.schedule import Schedule, schedule

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from merging.errors import InputError
-from merging.mergekit.config import is_mergekit, parse
+from merging.mergekit.config import is_mergekit
 from merging.mergekit.methods import METHODS, NOT_HERE
+from merging.mergekit.reader import parse
 
 
 def ties(**more: Any) -> dict[str, Any]:
@@ -39,6 +40,8 @@ def refused(document: dict[str, Any]) -> InputError:
         {"modules": {}},
         {"chat_template": "auto"},
         {"parameters": {"int8_mask": True}},
+        {"merge_method": "passthrough"},
+        {"merge_method": "model_stock"},
         {"parameters": {"density": [0.1, 0.9]}},
         {"models": [{"model": "a", "parameters": {"weight": [{"filter": "mlp", "value": 1}]}}]},
     ],
@@ -47,7 +50,7 @@ def test_what_only_mergekit_says_makes_a_document_its_configuration(more: dict[s
     assert is_mergekit(ties(**more))
 
 
-def test_what_could_be_either_is_a_recipe() -> None:
+def test_what_a_recipe_can_say_makes_no_configuration() -> None:
     assert not is_mergekit(ties())
     assert not is_mergekit({**ties(), "output": {"format": "lora"}, "space": "core"})
 

@@ -118,17 +118,20 @@ def test_a_frankenmerge_loads_in_transformers(checkpoints: Checkpoints, tmp_path
         assert torch.isfinite(model(torch.tensor([[1, 2, 3]])).logits).all()
 
 
-def test_compat_at_the_top_claims_a_plain_document_of_checkpoints(
-    checkpoints: Checkpoints, examples_dir: Path
+def test_a_plain_document_of_whole_models_is_for_mergekit(
+    checkpoints: Checkpoints,
 ) -> None:
     plain = {"merge_method": "linear", "models": [{"model": "base"}, {"model": "tuned-0"}]}
     plain["parameters"] = {"weight": 0.5}
 
-    def resolve(name: str) -> Path:
-        return checkpoints.folder / name
+    def is_claimed(document: dict[str, Any]) -> bool:
+        return claimed(document, lambda name: checkpoints.folder / name) is not None
 
-    assert claimed(plain, resolve) is None
-    assert claimed({**plain, "compat": "mergekit"}, resolve) is not None
+    assert is_claimed(plain)
+    assert is_claimed({**plain, "compat": "mergekit", "seed": 3})
+    assert not is_claimed({**plain, "output": {"format": "checkpoint"}})
+    assert not is_claimed({**plain, "parameters": {"weight": 0.5, "trim_scope": "global"}})
+    assert not is_claimed({**plain, "merge_method": "tsv"})
 
 
 def test_a_recipe_of_adapters_with_compat_stays_a_recipe(examples_dir: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from merging.errors import InputError
-from merging.mergekit import config as configs
+from merging.mergekit import reader as configs
 from merging.mergekit.schedule import Output, Schedule, schedule
 
 
