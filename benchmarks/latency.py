@@ -31,6 +31,8 @@ from tests.running import Up, command, descendants, push, until
 PARTS = ("request", "queue", "start", "inputs", "engine", "merge", "publish", "answer")
 MODULES = {f"layers.{i}.self_attn.{name}": (256, 256) for i in range(8) for name in ("q_proj", "v_proj")}
 _WARM_SECONDS = 60.0
+_QUIET_TICKS = 6
+"""Hundredths of a second that workers which only ask for work may take in a second."""
 
 
 def once(up: Up, client: Client, recipe: dict[str, Any]) -> dict[str, float]:
@@ -78,6 +80,21 @@ def with_torch(up: Up) -> list[str]:
     return found
 
 
+def quiet(up: Up) -> bool:
+    """Whether no process of a service does anything for a second; a warm one has then loaded all of torch."""
+
+    def ticks() -> int:
+        total = 0
+        for pid in descendants(up.process.pid):
+            fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+            total += int(fields[11]) + int(fields[12])
+        return total
+
+    before = ticks()
+    time.sleep(1.0)
+    return ticks() - before <= _QUIET_TICKS
+
+
 def measure(root: Path, repeats: int, *, warm: bool) -> dict[str, float]:
     """The median of each part, in milliseconds."""
     up = Up(root / str(warm), warm_horses=str(warm).lower())
@@ -90,7 +107,7 @@ def measure(root: Path, repeats: int, *, warm: bool) -> dict[str, float]:
             for _ in range(repeats + 1):
                 if warm:
                     until(lambda: with_torch(up), what="a work-horse is warm", patience=_WARM_SECONDS)
-                time.sleep(2.0)
+                until(lambda: quiet(up), what="the service is idle", patience=_WARM_SECONDS)
                 print(f"  processes with torch before the request: {with_torch(up) or 'none'}")
                 runs.append(once(up, client, recipe))
     finally:
