@@ -331,3 +331,20 @@ def test_pictures_can_be_adapted_to(tmp_path: Path) -> None:
     told = merging.merge(adarank(recipe, steps=20), tmp_path / "out").report["calibration"]
     assert sum(told["entropy"][-4:]) < sum(told["entropy"][:4])
     assert find_base(tmp_path / "base").model_type == "vit"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", ["adarank", "regmean", "osrm_project"])
+def test_a_gpu_gives_what_a_cpu_gives(tiny_heads: Recipe, tmp_path: Path, method: str) -> None:
+    recipe = adarank(tiny_heads, steps=2)
+    if method != "adarank":
+        for entry in recipe["models"]:
+            del entry["head"]
+        recipe = {**recipe, "merge_method": method, "parameters": {}}
+    for device in ("cpu", "cuda"):
+        merging.merge(recipe, tmp_path / device, device=device)
+    for path in sorted((tmp_path / "cpu").rglob(WEIGHTS)):
+        folder = path.parent
+        other = products(tmp_path / "cuda" / folder.relative_to(tmp_path / "cpu"))
+        for name, product in products(folder).items():
+            assert_close(other[name], product, 1e-3)
