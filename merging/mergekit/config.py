@@ -93,7 +93,8 @@ def is_mergekit(data: Any) -> bool:
     if any(key in data for key in ONLY_MERGEKIT) or data["merge_method"] in ("passthrough", *NOT_HERE):
         return True
     return any(
-        "int8_mask" in place or any(isinstance(value, list | dict) for value in place.values())
+        "int8_mask" in place
+        or any(isinstance(value, list | dict) for name, value in place.items() if name not in LISTS)
         for place in _parameters(data)
     )
 
