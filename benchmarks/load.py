@@ -1,8 +1,8 @@
 """Load one service on loopback: ``python -m benchmarks.load [--out FILE]``. Stops by itself within minutes.
 
 Three phases, each beside a probe that asks ``/healthz`` all the time. It needs nothing but the event loop:
-what it waits for are stalls of the loop, and the machine. How much is the machine, a second probe tells: it asks
-a server that does nothing else, at the same time.
+what it waits for are stalls of the loop, and the machine. How much is the machine, a second probe tells:
+it asks a server that does nothing else, at the same time.
 
 1. clients that list and poll, each with a connection of its own;
 2. the same, with event streams open on merges that wait (no worker runs);

@@ -33,6 +33,8 @@ from service.storage.stores import open_store
 CHUNK = 1 << 20
 _PART = 8 << 20
 _PARTS_AT_ONCE = 4
+_PARTS_OF_STREAM = 2
+_WRITE = 1 << 20
 _COPY_LIMIT = 5 << 30
 """S3 copies no larger object by itself."""
 _PATIENCE_SECONDS = 60.0
@@ -260,9 +262,10 @@ class Storage:
     async def write_stream(self, key: str, chunks: AsyncIterable[bytes]) -> None:
         """Store a stream under a key, replacing what was there. Nothing is kept of one that raises."""
         content = self._room.metered(chunks) if self._room else aiter(chunks)
+        part = _PART if self.root is None else _WRITE  # many streams come at once, and each holds some
         try:
             await obstore.put_async(
-                self._store, key, content, chunk_size=_PART, max_concurrency=_PARTS_AT_ONCE
+                self._store, key, content, chunk_size=part, max_concurrency=_PARTS_OF_STREAM
             )
         except Exception as error:
             found = meaning(error)
