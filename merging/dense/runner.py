@@ -163,7 +163,7 @@ class DenseRunner:
                 stack, self.kernel, self.plan.resolved.method.name, context, vector=len(job.shape) != 2
             )
             measured = blocks.measured(job, found, emit)
-        except (MergeFailure, torch.linalg.LinAlgError):
+        except (MergeFailure, RuntimeError):
             blocks.check_inputs(self.plan, job)  # the cause, if it is in the inputs
             raise
         if not all(math.isfinite(value) for value in (measured.norm2, *measured.inputs2, *measured.inner)):
