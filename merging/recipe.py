@@ -163,10 +163,11 @@ class Recipe(_Strict):
         if isinstance(self.modules_to_save, TakeFrom):
             take = self.modules_to_save.take
             data["modules_to_save"] = {"take": inputs.get(take, take)}
-        if self.calibration is not None:
-            shared, base = self.calibration.data, self.base_model
-            data["calibration"]["data"] = None if shared is None else inputs.get(shared, shared)
-            data["base_model"] = None if base is None else inputs.get(base, base)
+        base = self.base_model
+        if base is not None and (self.calibration is not None or any(map(_has_data, self.models))):
+            data["base_model"] = inputs.get(base, base)
+        if self.calibration is not None and self.calibration.data is not None:
+            data["calibration"]["data"] = inputs.get(self.calibration.data, self.calibration.data)
         return data
 
     def digest(self, inputs: Mapping[str, str], *, ordered: bool = False) -> str:
@@ -174,6 +175,10 @@ class Recipe(_Strict):
         canonical = self.canonical(inputs, ordered=ordered)
         text = json.dumps(canonical, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _has_data(entry: ModelEntry) -> bool:
+    return any(getattr(entry, key) is not None for key in DATA_KEYS)
 
 
 def _digests(entry: ModelEntry, inputs: Mapping[str, str]) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from stacks import stacks
-from tiny_models import MODULES
+from tiny_models import MODULES, write_base, write_texts
 from torch import Tensor
 
 import merging
@@ -237,3 +238,17 @@ def test_nothing_is_read_from_the_order_of_the_models(tiny: Recipe, tmp_path: Pa
         for path in files:
             other = tmp_path / method / "two" / path.relative_to(tmp_path / method / "one")
             assert path.read_bytes() == other.read_bytes()
+
+
+def test_the_digest_of_a_recipe_knows_the_base_and_the_samples(tiny: Recipe, tmp_path: Path) -> None:
+    def digest(recipe: Recipe, name: str) -> str:
+        return merging.merge({**recipe, "merge_method": "regmean"}, tmp_path / name).recipe_digest
+
+    before = digest(tiny, "one")
+    moved = tmp_path / "moved"
+    shutil.copytree(tiny["base_model"], moved)
+    assert digest({**tiny, "base_model": str(moved)}, "two") == before
+    other = write_base(tmp_path / "other", seed=9)
+    assert digest({**tiny, "base_model": str(other)}, "three") != before
+    tiny["models"][0]["data"] = str(write_texts(tmp_path / "data.jsonl", seed=55))
+    assert digest(tiny, "four") != before
