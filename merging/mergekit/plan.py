@@ -120,7 +120,7 @@ def prepare(
     models: dict[str, TensorSet] = {}
     try:
         for reference in config.models:
-            models[reference] = open_checkpoint(resolve(reference), label=reference)
+            models[reference] = open_checkpoint(_found(reference, resolve), label=reference)
         _check_architecture(models)
         check_tokenizers(config, models, resolve)
         yield MergekitPlan(
@@ -129,6 +129,20 @@ def prepare(
     finally:
         for model in models.values():
             model.close()
+
+
+def _found(reference: str, resolve: Resolve) -> Path:
+    try:
+        return resolve(reference)
+    except InputError as error:
+        if error.code != "model_not_found":
+            raise
+        raise InputError(
+            error.code,
+            error.message,
+            remedy="Give a folder, or hf://org/name for a model of the Hugging Face Hub.",
+            where=error.where,
+        ) from error
 
 
 def _check_architecture(models: Mapping[str, TensorSet]) -> None:

@@ -153,6 +153,15 @@ def test_vocabularies_that_differ_are_refused_if_a_tokenizer_is_asked_for(tmp_pa
     merge(document, Checkpoints(tmp_path), tmp_path / "out")
 
 
+def test_a_model_that_is_not_there_is_named_with_how_the_hub_is_spelled(tmp_path: Path) -> None:
+    document = {**cases()["linear"], "models": [{"model": "org/name", "parameters": {"weight": 1}}]}
+    with pytest.raises(InputError) as error:
+        merging.plan(document)
+    assert error.value.code == "model_not_found"
+    assert "org/name" in error.value.message
+    assert "hf://" in (error.value.remedy or "")
+
+
 def test_an_input_that_is_not_finite_is_named(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
