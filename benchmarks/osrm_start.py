@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy, normalize
 
@@ -115,6 +116,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--limit", type=int, default=0, help="test texts per task; 0: all 500")
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
     quality = options.suite.resolve()
     options.scratch.mkdir(parents=True, exist_ok=True)
     suite = Suite(quality, "r16", options.scratch, limit=options.limit)

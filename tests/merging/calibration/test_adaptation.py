@@ -17,7 +17,6 @@ from tiny_models import HIDDEN, MODULES, write_base, write_head, write_texts
 import merging
 from merging.calibration.adapting import Adaptation, State
 from merging.calibration.base import Base
-from merging.calibration.base_files import find_base
 from merging.catalog.data import AdarankParams
 from merging.engine import Progress
 from merging.errors import Cancelled, InputError
@@ -300,7 +299,8 @@ def test_a_regression_head_of_an_adapter_is_refused(tmp_path: Path) -> None:
     assert caught.value.code == "entropy_undefined"
 
 
-def test_pictures_can_be_adapted_to(tmp_path: Path) -> None:
+@pytest.mark.parametrize("own", [False, True], ids=["head files", "heads of the adapters"])
+def test_pictures_can_be_adapted_to(tmp_path: Path, own: bool) -> None:
     from transformers import ViTConfig, ViTModel
 
     torch.manual_seed(0)
@@ -311,7 +311,7 @@ def test_pictures_can_be_adapted_to(tmp_path: Path) -> None:
     model = ViTModel(config, add_pooling_layer=False)
     model.save_pretrained(tmp_path / "base")
     layers = {
-        name: (module.out_features, module.in_features)
+        f"vit.{name}" if own else name: (module.out_features, module.in_features)
         for name, module in model.named_modules()
         if isinstance(module, torch.nn.Linear)
     }
@@ -321,16 +321,25 @@ def test_pictures_can_be_adapted_to(tmp_path: Path) -> None:
         data = tmp_path / f"pictures{t}.safetensors"
         save_file({"pixel_values": torch.randn(16, 1, 8, 8, generator=generator)}, str(data))
         head = write_head(tmp_path / f"head{t}.safetensors", classes=3, seed=t)
-        path = write_adapter(tmp_path / f"vit{t}", seed=t, rank=2, modules=layers)
-        models.append({"model": str(path), "data": str(data), "head": str(head)})
+        told = {"modules_to_save": ["classifier"]} if own else {}
+        path = write_adapter(tmp_path / f"vit{t}", seed=t, rank=2, modules=layers, **told)
+        entry = {"model": str(path), "data": str(data)}
+        if own:
+            tensors = load_file(path / WEIGHTS)
+            tensors["base_model.model.classifier.weight"] = load_file(head)["weight"]
+            tensors["base_model.model.classifier.bias"] = torch.zeros(3)
+            save_file(tensors, str(path / WEIGHTS), metadata={"format": "pt"})
+        models.append(entry if own else {**entry, "head": str(head)})
+    settings = {"head": {"pooling": "first", "normalize": True, "scale": 10.0}}
     recipe = {
         "base_model": str(tmp_path / "base"),
         "models": models,
-        "calibration": {"head": {"pooling": "first", "normalize": True, "scale": 10.0}},
+        "modules_to_save": "drop",
+        "calibration": {} if own else settings,
     }
     told = merging.merge(adarank(recipe, steps=20), tmp_path / "out").report["calibration"]
+    assert [task["before"]["classes"] for task in told["tasks"]] == [3, 3]
     assert sum(told["entropy"][-4:]) < sum(told["entropy"][:4])
-    assert find_base(tmp_path / "base").model_type == "vit"
 
 
 @pytest.mark.gpu
