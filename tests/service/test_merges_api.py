@@ -157,7 +157,7 @@ BAD_RECIPES: list[tuple[dict[str, Any], str, str | None]] = [
     ({"models": [{"model": "/etc"}]}, "model_reference_invalid", "/models/0/model"),
     ({"models": [{"model": "../../etc"}]}, "model_reference_invalid", "/models/0/model"),
     ({"models": [{"model": "pair/a@main"}]}, "model_reference_invalid", "/models/0/model"),
-    ({"models": [{"model": "hf://org/name"}]}, "model_reference_invalid", "/models/0/model"),
+    ({"models": [{"model": "hf://org/name"}]}, "hub_endpoint_not_allowed", "/models/0/model"),
     ({"models": [{"model": f"merges/mrg_{'0' * 32}"}]}, "model_not_found", "/models/0/model"),
     ({"models": [{"model": "merges/../pair"}]}, "model_reference_invalid", "/models/0/model"),
     ({"parameters": {"densty": 0.5}}, "unknown_parameter", "/parameters/densty"),
