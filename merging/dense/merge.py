@@ -38,7 +38,9 @@ def merge_dense(
     """
     ResultDirectory(out, overwrite).check()
     with (
-        prepare_dense(recipe, resolve=resolve, shard_bytes=shard_bytes, sums=sums, origin=origin) as plan,
+        prepare_dense(
+            recipe, resolve=resolve, shard_bytes=shard_bytes, sums=sums, origin=origin, threads=threads
+        ) as plan,
         single_threaded(),
     ):
         done = 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -141,11 +142,13 @@ def prepare_dense(
     shard_bytes: int | None = None,
     sums: Mapping[str, str] | None = None,
     origin: Origin | None = None,
+    threads: int = 1,
 ) -> Iterator[DensePlan]:
     """Open and check the inputs of a dense merge; they are closed on exit.
 
     With ``canonical`` the models are put into an order that depends on their content only, which reads every
-    file unless ``sums`` gives its digest (by the reference in the recipe).
+    file (as many models at once as there are ``threads``) unless ``sums`` gives its digest (by the
+    reference in the recipe).
     """
     resolved = resolve_dense(recipe, whole=any(is_dense(resolve(entry.model)) for entry in recipe.models))
     recipe = _spelled_out(recipe, resolved)
@@ -158,6 +161,8 @@ def prepare_dense(
         base = open_base(recipe, resolve)
         if base is not None:
             opened.append(base)
+        if canonical:
+            _hash([model for model in opened if model.label not in (sums or {})], threads)
         if canonical and not resolved.method.contract.ordered:
             recipe, resolved, models = _sorted(recipe, resolved, models, sums or {})
         base = base or _stand_in(recipe, resolved, models)
@@ -177,6 +182,13 @@ def prepare_dense(
     finally:
         for one in opened:
             one.close()
+
+
+def _hash(models: list[TensorSet | Adapter], threads: int) -> None:
+    """Find the digests, which the models then keep."""
+    with ThreadPoolExecutor(threads, thread_name_prefix="hash") as pool:
+        for _ in pool.map(lambda model: model.digest, models):
+            pass
 
 
 def _full_modules(recipe: Recipe, origin: Origin | None) -> str:

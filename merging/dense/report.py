@@ -12,12 +12,16 @@ from merging.dense.runner import Settled, ShardResult
 from merging.diagnostics.telling import relation
 from merging.report import versions
 
+SHOWN = 5
+"""Warnings of one kind that are spelled out; tensors are many."""
+
 
 def dense_report(plan: DensePlan, parts: Sequence[ShardResult], settled: Settled) -> dict[str, Any]:
     """The same for the same recipe, inputs, seed and versions, however the shards were made."""
     if plan.origin is not None:
         return _fused(plan, plan.origin, parts)
     tensors = [tensor for part in parts for tensor in part.tensors]
+    summary = _summary(plan, tensors, settled.lambda_)
     return {
         "recipe_digest": plan.digest,
         "method": plan.resolved.method.name,
@@ -27,10 +31,10 @@ def dense_report(plan: DensePlan, parts: Sequence[ShardResult], settled: Settled
         "versions": versions(),
         "base": _base(plan),
         "inputs": [_input(plan, index, model) for index, model in enumerate(plan.models)],
-        "summary": _summary(plan, tensors, settled.lambda_),
+        "summary": summary,
         "modules": {tensor["name"]: _entry(plan, tensor, settled.lambda_) for tensor in tensors},
         "files": {part.file: part.sha256 for part in parts},
-        "warnings": _warnings(plan, parts),
+        "warnings": [*_warnings(plan, parts), *_too_long(plan, summary["norm_ratio"])],
     }
 
 
@@ -121,4 +125,27 @@ def _warnings(plan: DensePlan, parts: Sequence[ShardResult]) -> list[dict[str, s
         code = (plan.base.config or {}).get("auto_map") or list(plan.base.path.glob("*.py"))
         if code:
             found.add(("remote_code_left", "the base brings code of its own, which was not copied"))
-    return [{"code": code, "message": message} for code, message in sorted(found)]
+    shown: list[dict[str, str]] = []
+    for code in sorted({code for code, _ in found}):
+        messages = sorted(message for other, message in found if other == code)
+        shown += [{"code": code, "message": message} for message in messages[:SHOWN]]
+        if len(messages) > SHOWN:
+            shown.append({"code": code, "message": f"and {len(messages) - SHOWN} more of this kind"})
+    return shown
+
+
+def _too_long(plan: DensePlan, ratio: float) -> list[dict[str, str]]:
+    """A merged update far longer than any input usually hurts more than the merge helps."""
+    wanted = plan.resolved.method.auto_norm
+    if (
+        wanted is None
+        or plan.resolved.params.lambda_ == "auto"
+        or len(plan.models) < 2
+        or ratio <= 2.0 * wanted
+    ):
+        return []
+    text = (
+        f"the merged difference is {ratio:.1f} times as long as the inputs' are on average; about {wanted:g} "
+        "times is usual. Use `lambda: auto` or smaller weights."
+    )
+    return [{"code": "large_merged_norm", "message": text}]

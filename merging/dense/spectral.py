@@ -45,8 +45,15 @@ def merge(stack: DenseStack, kernel: Any, method: str, ctx: Context) -> tuple[Te
             f"matrices of more than {EXACT_NUMEL} entries were cut to rank {REDUCED_RANK} before the merge; "
             "the report has the energy given up",
         )
+
+    def warn(code: str, message: str) -> None:
+        # Whole matrices never fit side by side; that tsv takes its even share of each is its plain rule here.
+        if code != "tsv_truncated":
+            ctx.warn(code, message)
+
+    quiet = replace(ctx, rank=None, warn=warn)
     whole = UpdateStack(stack.names, stack.tasks, *zip(*factors, strict=True))
-    done: Merged = kernel.merge(whole, replace(ctx, rank=None))
+    done: Merged = kernel.merge(whole, quiet)
     update = done.update.balanced() if isinstance(done.update, ThinSVD) else done.update
     return update.dense()[0].to(stack.like.dtype), discarded
 

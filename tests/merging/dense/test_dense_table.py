@@ -260,3 +260,30 @@ def test_the_plan_tells_what_headers_tell(tmp_path: Path) -> None:
     assert plan["estimate"]["output_bytes"] == sum(2 * tensor.numel() for tensor in base_tensors().values())
     assert plan["models"][0]["format"] == "checkpoint"
     assert len(plan["modules"]) == len(base_tensors())
+
+
+def test_many_warnings_of_one_kind_are_counted(tmp_path: Path) -> None:
+    base, model = pair(tmp_path, base_tensors(), {})
+    data = recipe(base, [model], output={"format": "lora", "rank": 2}, modules_to_save="drop")
+    done = merging.merge(data, tmp_path / "out", device="cpu")
+    dropped = [entry for entry in done.report["warnings"] if entry["code"] == "full_tensors_dropped"]
+    assert len(dropped) == 6
+    assert dropped[-1]["message"] == "and 1 more of this kind"
+
+
+def test_a_sum_that_is_far_too_long_is_warned_of(tmp_path: Path) -> None:
+    base, model = pair(tmp_path, base_tensors(), {})
+    other = write_checkpoint(tmp_path / "other", tuned(base_tensors(), 8))
+    long = merging.merge(
+        recipe(base, [model, other], parameters={"weight": 3.0}), tmp_path / "1", device="cpu"
+    )
+    fine = merging.merge(recipe(base, [model, other]), tmp_path / "2", device="cpu")
+    codes = [[entry["code"] for entry in done.report["warnings"]] for done in (long, fine)]
+    assert codes == [["large_merged_norm"], []]
+
+
+def test_tsv_takes_its_even_share_without_a_word(tmp_path: Path) -> None:
+    base, model = pair(tmp_path, base_tensors(torch.float32), {})
+    other = write_checkpoint(tmp_path / "other", tuned(read_all(base), 8))
+    done = merging.merge(recipe(base, [model, other], "tsv"), tmp_path / "out", device="cpu")
+    assert "tsv_truncated" not in {entry["code"] for entry in done.report["warnings"]}
