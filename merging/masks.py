@@ -39,9 +39,10 @@ class MaskStream:
         ``probability`` of a one: a number per task, or one per entry in the shape of ``x``, which may be what
         :func:`limits` made of it beforehand.
         """
-        masks = torch.ones(x.shape, dtype=x.dtype)
+        masks = torch.empty(x.shape, dtype=x.dtype)
         chances = probability.cpu() if isinstance(probability, Tensor) else probability
         for g, (row, width) in enumerate(zip(self._bits, self._widths, strict=True)):
+            masks[g, :, :, width:] = 1.0
             for t, bits in enumerate(row):
                 mask = masks[g, t, :, :width].numpy()
                 if isinstance(chances, Tensor):

@@ -24,7 +24,9 @@ BINADES = 16
 MANY = 0.25
 """Share of rows from which on short keys are not worth trying."""
 RADIX_COLUMNS = 1024
-"""Rows from this length on are ordered by counting, shorter ones by keys."""
+"""Rows from this length on are ordered faster by counting than by long keys."""
+KEY_COLUMNS = 1536
+"""Rows below this length are ordered faster by short keys, where those are exact."""
 
 
 def trim(x: Tensor, threshold: Tensor) -> Tensor:
@@ -164,7 +166,7 @@ def _row_order(x: Tensor) -> Tensor:
     size = x.abs()
     if x.device.type != "cpu" or x.dtype != torch.float32:
         return size.sort(dim=-1, stable=True).indices
-    return _packed_order(size) if x.shape[-1] < RADIX_COLUMNS else _radix_order(size)
+    return _packed_order(size) if x.shape[-1] < KEY_COLUMNS else _long_order(size)
 
 
 def _packed_order(size: Tensor) -> Tensor:
@@ -201,6 +203,8 @@ def _packed_order(size: Tensor) -> Tensor:
 
 def _long_order(size: Tensor) -> Tensor:
     """The stable order of rows of non-negative float32 numbers, whatever their digits."""
+    if size.shape[-1] >= RADIX_COLUMNS:
+        return _radix_order(size)
     # Distinct integer keys sort several times faster than a stable sort of floats, to the same order.
     keys = size.contiguous().view(torch.int32).long() << 32 | torch.arange(size.shape[-1])
     keys.numpy().sort(axis=-1)
