@@ -112,7 +112,7 @@ class Keys:
 
     def revoke(self, key_id: str, *, tenant: str | None = None) -> Key:
         """Make a key useless for good; again is fine. Raises ``key_not_found``."""
-        key = self._load(key_id) if re.match(KEY_ID_PATTERN, key_id) else None
+        key = self._load(key_id) if re.fullmatch(KEY_ID_PATTERN, key_id) else None
         if key is None or tenant not in (None, key.tenant):
             raise NotFound("key_not_found", f"there is no key {key_id[:64]!r}")
         if key.revoked_at is None:
@@ -122,7 +122,7 @@ class Keys:
 
     def cached(self, token: str) -> tuple[bool, Principal | None]:
         """Whether the answer is known without looking into storage, and the answer."""
-        match = _TOKEN.match(token)
+        match = _TOKEN.fullmatch(token)
         if match is None:
             return True, None
         with self._lock:
@@ -134,7 +134,7 @@ class Keys:
 
     def identify(self, token: str) -> Principal | None:
         """Whose key this is; None when it is nobody's, or revoked."""
-        match = _TOKEN.match(token)
+        match = _TOKEN.fullmatch(token)
         if match is None:
             return None
         known, found = self.cached(token)
@@ -171,7 +171,7 @@ class Keys:
 
 def check_tenant(tenant: str) -> str:
     """The name of a tenant, which becomes a part of every key and path. Raises ``tenant_invalid``."""
-    if not _TENANT.match(tenant):
+    if not _TENANT.fullmatch(tenant):
         raise ServiceError(
             "tenant_invalid",
             f"{tenant[:64]!r} is not a usable name of a tenant",

@@ -45,7 +45,7 @@ class Reference:
 def check_model(ns: str, name: str) -> str:
     """``ns/name``, or an error that says what is wrong with it: ``name_invalid``, ``name_reserved``."""
     for field, value in (("ns", ns), ("name", name)):
-        if not _NAME.match(value) or ".." in value or "--" in value:
+        if not _NAME.fullmatch(value) or ".." in value or "--" in value:
             raise ServiceError(
                 "name_invalid",
                 f"{value[:100]!r} is not a usable {'namespace' if field == 'ns' else 'name'}",
@@ -61,9 +61,9 @@ def parse_reference(text: str) -> Reference | None:
     """The reference in ``ns/name[@revision]``, or None when the text is something else."""
     model, at, revision = text.partition("@")
     parts = model.split("/")
-    if len(parts) != 2 or not all(_NAME.match(part) and ".." not in part for part in parts):
+    if len(parts) != 2 or not all(_NAME.fullmatch(part) and ".." not in part for part in parts):
         return None
-    if at and not _REVISION.match(revision):
+    if at and not _REVISION.fullmatch(revision):
         return None
     return Reference(parts[0], parts[1], revision or None)
 
@@ -72,7 +72,7 @@ def check_path(path: str) -> str:
     """A file's path inside a model: ``path_invalid``, ``pickle_not_accepted``, ``file_type_not_accepted``."""
     segments = path.split("/")
     where = {"file": path[:255], "field": "path"}
-    if len(path) > 255 or len(segments) > 5 or not all(_SEGMENT.match(part) for part in segments):
+    if len(path) > 255 or len(segments) > 5 or not all(_SEGMENT.fullmatch(part) for part in segments):
         raise ServiceError(
             "path_invalid",
             f"{path[:255]!r} is not a usable file path",

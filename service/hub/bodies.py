@@ -81,11 +81,24 @@ async def drain(request: Request) -> None:
         return
 
 
+def parse(data: bytes) -> Any:
+    """JSON whose texts can be written as UTF-8. Raises ``ValueError``.
+
+    The escapes of JSON can name half of a surrogate pair, which no file name and no answer can hold.
+    """
+    try:
+        parsed = json.loads(data)
+        json.dumps(parsed, ensure_ascii=False).encode()
+    except RecursionError:
+        raise ValueError("the JSON is too deep") from None
+    return parsed
+
+
 async def json_object(request: Request) -> dict[str, Any]:
     """A body that is a JSON object, whatever media type it claims. Raises ``body_not_json``."""
     try:
-        data = json.loads(await request.body())
-    except (ValueError, RecursionError):
+        data = parse(await request.body())
+    except ValueError:
         data = None
     if not isinstance(data, dict):
         raise BadRequest("body_not_json", "the body is not a JSON object")

@@ -44,7 +44,7 @@ class Change:
             self._step("add", check_path(path), line.blob)
         elif line.key == "lfsFile":
             oid = line.value.get("oid")
-            if line.value.get("algo", "sha256") != "sha256" or not _SHA256.match(str(oid)):
+            if line.value.get("algo", "sha256") != "sha256" or not _SHA256.fullmatch(str(oid)):
                 raise BadRequest("commit_malformed", f"{path[:255]} is not named by a sha256")
             self._step("link", check_path(path), oid)
         elif line.key in ("deletedFile", "deletedFolder"):
@@ -54,7 +54,7 @@ class Change:
 
     def _header(self, value: dict[str, Any]) -> None:
         parent = value.get("parentCommit")
-        if parent is not None and not (isinstance(parent, str) and re.match(REVISION_PATTERN, parent)):
+        if parent is not None and not (isinstance(parent, str) and re.fullmatch(REVISION_PATTERN, parent)):
             raise BadRequest("commit_malformed", "parentCommit is not a commit")
         self.parent = parent
         self.summary = str(value.get("summary", ""))[:200]

@@ -56,7 +56,7 @@ async def hub_lfs_batch(
 
 def _row(request: Request, services: Services, tenant: str, item: Any, parts: bool) -> dict[str, Any]:
     oid, size = (item.get("oid"), item.get("size")) if isinstance(item, dict) else (None, None)
-    if not isinstance(oid, str) or not _OID.match(oid) or type(size) is not int or size < 0:
+    if not isinstance(oid, str) or not _OID.fullmatch(oid) or type(size) is not int or size < 0:
         raise ServiceError("request_invalid", "an object needs an oid (its sha256) and a size")
     row: dict[str, Any] = {"oid": oid, "size": size, "authenticated": True}
     if services.storage.size(blob_key(tenant, oid)) == size:

@@ -7,13 +7,13 @@ A file may have hundreds of megabytes, so its line is never held as a whole: wha
 from __future__ import annotations
 
 import base64
-import json
 import re
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
 from service.errors import BadRequest
+from service.hub.bodies import parse
 from service.storage import Blob
 
 LINE_LIMIT = 64 << 10
@@ -112,8 +112,8 @@ class CommitBody:
 
 def _parse(line: bytes, blob: Blob | None) -> Line:
     try:
-        data = json.loads(line)
-    except (ValueError, RecursionError):
+        data = parse(line)
+    except ValueError:
         raise _malformed("a line is not JSON") from None
     if not isinstance(data, dict) or not isinstance(data.get("key"), str):
         raise _malformed("a line has no key")

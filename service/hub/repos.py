@@ -128,7 +128,7 @@ def find(services: Services, tenant: str, ns: str, name: str, revision: str | No
     newest = _result(services, tenant, name) if ns == RESULTS else _model(services, tenant, ns, name)
     if wanted in (None, newest.commit):
         return newest
-    if ns != RESULTS and wanted is not None and re.match(REVISION_PATTERN, wanted):
+    if ns != RESULTS and wanted is not None and re.fullmatch(REVISION_PATTERN, wanted):
         try:
             return _model(services, tenant, ns, name, wanted)
         except Missing:
@@ -152,7 +152,7 @@ def _model(services: Services, tenant: str, ns: str, name: str, revision: str | 
 
 
 def _result(services: Services, tenant: str, merge_id: str) -> Repo:
-    record = services.jobs.find(tenant, merge_id) if re.match(MERGE_ID_PATTERN, merge_id) else None
+    record = services.jobs.find(tenant, merge_id) if re.fullmatch(MERGE_ID_PATTERN, merge_id) else None
     if record is None:
         raise _no_repo(RESULTS, merge_id)
     result = record.result

@@ -61,7 +61,8 @@ async def hub_delete(request: Request, services: ServicesDep, tenant: TenantDep)
 async def hub_validate(request: Request) -> JSONResponse:
     """Whether the front matter of a model card is YAML. Clients ask without a key."""
     content = (await json_object(request)).get("content")
-    problem = _front_matter_problem(content if isinstance(content, str) else "")
+    content = content if isinstance(content, str) else ""
+    problem = await run_in_threadpool(_front_matter_problem, content)
     if problem is None:
         return JSONResponse({"errors": [], "warnings": []})
     return JSONResponse({"errors": [{"message": problem}], "warnings": []}, 400)
@@ -166,7 +167,9 @@ def _advice(
     services: Services, tenant: str, newest: Manifest, item: Any, budget: policy.Budget
 ) -> dict[str, Any]:
     try:
-        path, size = str(item["path"]), int(item["size"])
+        path, size = item["path"], item["size"]
+        if not isinstance(path, str) or type(size) is not int or size < 0:
+            raise ValueError
         sample = base64.b64decode(item.get("sample") or "", validate=True)
     except (TypeError, KeyError, ValueError) as error:
         raise ServiceError("request_invalid", "a file needs a path, a size and a base64 sample") from error
@@ -238,10 +241,10 @@ def _front_matter_problem(content: str) -> str | None:
     if len(text) > _MAX_FRONT_MATTER:
         return f"the front matter has more than {_MAX_FRONT_MATTER} characters"
     try:
-        parsed = yaml.safe_load(text)
+        root = yaml.compose(text, Loader=yaml.SafeLoader)  # building it would resolve merges, which can grow
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         return f"the front matter is not YAML: {' '.join(str(error).split())[:300]}"
-    return None if parsed is None or isinstance(parsed, dict) else "the front matter is not a mapping"
+    return None if root is None or isinstance(root, yaml.MappingNode) else "the front matter is not a mapping"
 
 
 def _unsupported(what: str) -> ServiceError:

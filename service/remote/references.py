@@ -102,8 +102,8 @@ def is_remote(text: str) -> bool:
 
 
 def _good_repo(repo: str) -> bool:
-    return bool(_REPO.match(repo)) and ".." not in repo and "--" not in repo
+    return bool(_REPO.fullmatch(repo)) and ".." not in repo and "--" not in repo
 
 
 def _good_revision(revision: str) -> bool:
-    return bool(_REVISION.match(revision)) and ".." not in revision and "//" not in revision
+    return bool(_REVISION.fullmatch(revision)) and ".." not in revision and "//" not in revision
