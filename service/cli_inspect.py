@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from service.cli_console import columns, print_json, say
+from service.cli_whole import whole_model, whole_text
 
 if TYPE_CHECKING:
     from merging.formats.adapter import Adapter, Module
@@ -25,11 +26,12 @@ def add_command(commands: Any) -> None:
     """Add ``inspect`` to argparse's ``commands``."""
     inspect = commands.add_parser(
         "inspect",
-        help="show what an adapter holds",
-        description="Show format, ranks, scales, modules and warnings of an adapter; of several, also how "
-        "their updates relate to each other, which reads the tensors.",
+        help="show what an adapter or a checkpoint holds",
+        description="Show format, ranks, scales, modules and warnings of an adapter, or the tensors of a "
+        "checkpoint or task vector; of several adapters also how their updates relate to each other, which "
+        "reads the tensors.",
     )
-    inspect.add_argument("paths", type=Path, nargs="+", metavar="PATH", help="adapter directory")
+    inspect.add_argument("paths", type=Path, nargs="+", metavar="PATH", help="directory")
     inspect.add_argument("--json", action="store_true", help="print JSON")
     inspect.set_defaults(run=_inspect)
 
@@ -37,6 +39,11 @@ def add_command(commands: Any) -> None:
 def _inspect(args: argparse.Namespace) -> int:
     from merging.formats.adapter import open_adapter
 
+    if len(args.paths) == 1:
+        whole = whole_model(args.paths[0])
+        if whole is not None:
+            print_json(whole) if args.json else say(whole_text(whole))
+            return 0
     described = []
     for path in args.paths:
         adapter = open_adapter(path)

@@ -35,6 +35,12 @@ def add_commands(commands: Any) -> None:
     merge.add_argument(
         "--checkpoint", type=Path, metavar="FILE", help="where adarank keeps its state, to go on after a stop"
     )
+    merge.add_argument(
+        "--memory-budget",
+        type=_bytes,
+        metavar="SIZE",
+        help="checkpoints: use only as many threads as fit into SIZE bytes (4G, 512M)",
+    )
     merge.set_defaults(run=_merge)
 
     plan = commands.add_parser(
@@ -66,6 +72,18 @@ def _positive(text: str) -> int:
     return number
 
 
+def _bytes(text: str) -> int:
+    units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+    factor = units.get(text[-1:].upper(), 1)
+    try:
+        number = float(text[:-1] if factor > 1 else text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < 1e15:
+        raise argparse.ArgumentTypeError("must be a size such as 4G or 512M")
+    return int(number * factor)
+
+
 def _merge(args: argparse.Namespace) -> int:
     from merging.formats.result_dir import ResultDirectory
     from merging.mergekit.detect import claimed
@@ -95,6 +113,7 @@ def _merge(args: argparse.Namespace) -> int:
             progress=follow,
             overwrite=args.overwrite,
             checkpoint=args.checkpoint,
+            memory_budget=args.memory_budget,
         )
     for warning in result.report.get("warnings", []):
         note(f"warning: {warning['message']}")
@@ -121,7 +140,7 @@ def _plan_text(data: dict[str, Any]) -> str:
     ]
     groups = Counter(
         (
-            module["name"].rpartition(".")[2],
+            module["name"].removesuffix(".weight").rpartition(".")[2],
             f"{module['m']} x {module['n']}",
             " + ".join(str(rank) for rank in module["ranks"]),
             module["output_rank"],
