@@ -7,6 +7,8 @@ import time
 
 import redis
 
+from merging.calibration.references import data_references
+from merging.recipe import Recipe
 from service.broker import ACTIVE, merges_key, text
 from service.clock import millis
 from service.documents import FINAL
@@ -59,8 +61,14 @@ class Retention:
         found = set()
         for tenant, merge_id in self._jobs.members(ACTIVE):
             record = self._jobs.find(tenant, merge_id)
-            for entry in record.recipe["models"] if record else ():
-                ns, _, name = str(entry["model"]).partition("/")
+            for reference in _references(Recipe.load(record.recipe)) if record else ():
+                ns, _, name = reference.partition("/")
                 if ns == RESULTS:
                     found.add(f"{tenant}/{name}")
         return found
+
+
+def _references(recipe: Recipe) -> list[str]:
+    """All that a recipe may read."""
+    named = [entry.model for entry in recipe.models]
+    return [*named, recipe.base_model or "", *data_references(recipe).values()]

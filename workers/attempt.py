@@ -115,7 +115,7 @@ class Attempt:
         """End the merge with a result and remove what other attempts left."""
         answer = self._jobs.publish(self._tenant, self._id, result)
         prefix = attempts_prefix(self._tenant, self._id)
-        if answer != "finished":
+        if answer != "finished" and not self._is_published():
             _log.info("the result of %s is not published: %s", self._id, answer)
             self._storage.delete_prefix(f"{prefix}/{self._attempt}")
             self.stopped(answer)
@@ -124,6 +124,11 @@ class Attempt:
             if not key.startswith(f"{prefix}/{self._attempt}/"):
                 self._storage.delete(key)
         self.push("succeeded")
+
+    def _is_published(self) -> bool:
+        """Whether this attempt published before: the answer was lost, or its last job ran twice."""
+        record = self._jobs.find(self._tenant, self._id)
+        return record is not None and record.result is not None and record.result.attempt == self._attempt
 
     def push(self, state: str) -> None:
         """Send the result on its way to another hub, if it succeeded and that was asked for."""
@@ -136,10 +141,14 @@ class Attempt:
         self._jobs.fail(self._tenant, self._id, self._attempt, describe(error))
 
     def stopped(self, answer: str) -> None:
-        """Complete a cancellation; a superseded or ended merge is none of this attempt's business."""
+        """Complete a cancellation; a superseded or ended merge is none of this attempt's business.
+
+        But whoever published it may have been killed right after that, before the push was started.
+        """
         if answer == "cancelling":
             error = describe(Cancelled())
             self._jobs.cancelled(self._tenant, self._id, "", error)
+        self.push(answer)
 
 
 def _no_memory(error: Exception) -> bool:

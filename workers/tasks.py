@@ -67,7 +67,6 @@ class Task(Attempt):
         if answer != "claimed":
             _log.info("%s is not to be run: %s", self._id, answer)
             self.stopped(answer)
-            self.push(answer)  # if an earlier attempt was killed right after it had published
             return
         self.guarded(lambda: self._work(sources, folder), folder)
         record = self._jobs.find(self._tenant, self._id)

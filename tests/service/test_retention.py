@@ -70,3 +70,14 @@ def test_a_result_stays_while_a_merge_reads_it(jobs: Jobs, storage: Storage, con
     assert retention.sweep() == []
     jobs.cancel("t", reader.id)
     assert retention.sweep() == [old.id]
+
+
+@pytest.mark.parametrize("place", ["base_model", "calibration"])
+def test_a_result_stays_wherever_a_recipe_names_it(
+    jobs: Jobs, storage: Storage, connection: redis.Redis, place: str
+) -> None:
+    old = ended(jobs, storage, requested=9, finished=8)
+    model = f"merges/{old.id}"
+    more = {"base_model": model} if place == "base_model" else {"calibration": {"data": model}}
+    jobs.create("t", Recipe.load({"merge_method": "linear", "models": [{"model": "a/b"}], **more}))
+    assert Retention(storage, connection, 7).sweep() == []

@@ -185,3 +185,16 @@ def test_content_that_was_lost_is_named(
     error = jobs.get("t", merge.id).error
     assert error is not None
     assert (error["code"], error["errors"][0]["file"]) == ("content_missing", "adapter_config.json")
+
+
+def test_a_result_that_is_published_twice_stays(
+    run: Callable[[str], None], jobs: Jobs, merge: MergeRecord, storage: Watched
+) -> None:
+    """So it happens when the answer of Redis is lost, or when two workers complete the same split merge."""
+    run("one")
+    done = jobs.get("t", merge.id)
+    assert done.result is not None
+    Task("t", merge.id, "one", jobs, storage).publish(done.result)
+    for entry in done.result.files:
+        assert storage.size(f"{attempts_prefix('t', merge.id)}/one/{entry.path}") == entry.size
+    assert jobs.get("t", merge.id) == done
