@@ -70,11 +70,16 @@ class Sources:
             return {}
         if is_remote(base):
             return {base: str(self._hubs.find(base, field="base_model"))}
-        reference = parse_reference(base)
-        reads = recipe.output.format == "checkpoint" or looks_at_data(recipe)
-        if reference is None or not (reads or any(self._is_whole(tenant, model) for model in models)):
+        if not self._reads_base(tenant, recipe, models):
             return {}
         return {base: self._pin(tenant, base, "base_model")}
+
+    def _reads_base(self, tenant: str, recipe: Recipe, models: list[str]) -> bool:
+        """Whether a merge of these pinned models reads the base, which then is one of this service."""
+        if parse_reference(recipe.base_model or "") is None:
+            return False
+        reads = recipe.output.format == "checkpoint" or looks_at_data(recipe)
+        return reads or any(self._is_whole(tenant, model) for model in models)
 
     def _is_whole(self, tenant: str, pinned: str) -> bool:
         reference = parse_reference(pinned)
@@ -133,7 +138,7 @@ class Sources:
         models may be there by their headers only. Raises ``model_not_found`` for an input that is gone.
         """
         placed: dict[str, Path] = dict(imported)
-        for name in self._named(recipe):
+        for name in self._named(tenant, recipe):
             if name in placed:
                 continue
             reference = parse_reference(name)
@@ -151,17 +156,18 @@ class Sources:
 
         return find
 
-    def _named(self, recipe: Recipe) -> list[str]:
-        """The references to be placed: the models, the base where it was pinned, and data."""
-        base = parse_reference(recipe.base_model or "")
-        pinned = [str(base)] if base is not None and base.revision is not None else []
+    def _named(self, tenant: str, recipe: Recipe) -> list[str]:
+        """The references to be placed: the models, the base where it is read, and data."""
         models = [] if starts_from_nothing(recipe) else [entry.model for entry in recipe.models]
-        return [*models, *pinned, *data_references(recipe).values()]
+        base = parse_reference(recipe.base_model or "")
+        # a pinned one is read; the result of a merge has no revision to tell by
+        read = base is not None and (base.revision or self._reads_base(tenant, recipe, models))
+        return [*models, *([str(base)] if read else []), *data_references(recipe).values()]
 
     def sums(self, tenant: str, recipe: Recipe) -> dict[str, dict[str, str]]:
         """The sha256 of every file of the placed inputs, by reference and path: known since the upload."""
         found = {}
-        for name in dict.fromkeys(self._named(recipe)):
+        for name in dict.fromkeys(self._named(tenant, recipe)):
             reference = parse_reference(name)
             if reference is not None:
                 entries = self._files(tenant, reference)
@@ -176,7 +182,7 @@ class Sources:
 
     def complete(self, tenant: str, recipe: Recipe, find: Callable[[str], Path]) -> None:
         """Bring what was placed by its header only."""
-        for name in dict.fromkeys(self._named(recipe)):
+        for name in dict.fromkeys(self._named(tenant, recipe)):
             reference = parse_reference(name)
             if reference is None or reference.ns == RESULTS:
                 continue
