@@ -26,6 +26,9 @@ from merging.recipe import Recipe
 
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 SHARD_BYTES = 2_000_000_000
+CONV1D_MODELS = ("clvp", "decision_transformer", "gpt2", "imagegpt", "openai-gpt")
+"""Models whose layers hold ``W (in, out)``, which the names do not tell."""
+
 STEMS = {"checkpoint": "model", "delta": STEM, "lora": "lora"}
 
 
@@ -317,6 +320,14 @@ def _check_output(plan: DensePlan) -> None:
             "the update of whole models has full rank; an adapter of it needs a rank",
             remedy="Set output.rank, or output.energy (for instance 0.9), or output.format: checkpoint",
             where={"field": "output.rank"},
+        )
+    config = (plan.base.config if plan.base is not None else None) or {}
+    if output.format == "lora" and config.get("model_type") in CONV1D_MODELS:
+        raise InputError(
+            "extraction_unsupported",
+            f"{config['model_type']} stores its weights transposed; an adapter of it cannot be extracted",
+            remedy="Set output.format: checkpoint or delta",
+            where={"field": "output.format"},
         )
     if output.format != "lora":
         for field in ("energy", "max_rank") + (() if plan.resolved.method.name == "svd" else ("rank",)):

@@ -10,6 +10,7 @@ import torch
 from adapters import products, write_adapter
 from checkpoint_files import (
     HIDDEN,
+    INNER,
     NORM,
     SHAPES,
     VOCAB,
@@ -305,3 +306,41 @@ def test_uniform_rank_pads_every_module(tmp_path: Path, base: Path) -> None:
     merging.merge(data, tmp_path / "out", device="cpu")
     with merging.load_adapter(tmp_path / "out") as adapter:
         assert len({module.rank for module in adapter.modules.values()}) == 1
+
+
+def test_models_that_store_their_weights_transposed_give_no_adapter(tmp_path: Path) -> None:
+    tensors = base_tensors(torch.float32)
+    base = write_checkpoint(tmp_path / "base", tensors, model_type="gpt2")
+    model = write_checkpoint(tmp_path / "m", tuned(tensors, 1), model_type="gpt2")
+    with pytest.raises(InputError) as caught:
+        merging.plan(recipe(base, [model], output={"format": "lora", "rank": 2}))
+    assert caught.value.code == "extraction_unsupported"
+    assert merging.plan(recipe(base, [model]))
+
+
+@pytest.mark.parametrize("block", [None, 1])
+def test_adapters_of_embeddings_and_transposed_weights_lie_as_the_base_stores_them(
+    tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch, block: int | None
+) -> None:
+    if block is not None:  # one row at a time
+        monkeypatch.setattr("merging.dense.blocks.STREAM_BUDGET", 6)
+    g = torch.Generator().manual_seed(3)
+    embedding = tmp_path / "embedding"
+    write_adapter(embedding, modules={"model.embed_tokens": (HIDDEN, VOCAB)}, rank=2, alpha=6)
+    A, B = torch.randn(2, VOCAB, generator=g), torch.randn(HIDDEN, 2, generator=g)
+    prefix = "base_model.model.model.embed_tokens"
+    factors = {f"{prefix}.lora_embedding_A": A, f"{prefix}.lora_embedding_B": B}
+    save_file(factors, str(embedding / "adapter_model.safetensors"))
+    name = "model.layers.0.mlp.down_proj"
+    transposed = write_adapter(
+        tmp_path / "t", modules={name: (INNER, HIDDEN)}, rank=2, alpha=6, fan_in_fan_out=True
+    )
+    start = read_all(base)
+    for adapter, key, delta in (
+        (embedding, "model.embed_tokens.weight", 3.0 * (B @ A).T),
+        (transposed, f"{name}.weight", products(transposed)[name].T.float()),
+    ):
+        whole = write_checkpoint(tmp_path / f"{adapter.name}-whole", start)
+        out = tmp_path / f"{adapter.name}-out"
+        merging.merge(recipe(base, [adapter, whole]), out, device="cpu")
+        assert torch.allclose(read_all(out)[key], start[key] + delta, atol=1e-5)
