@@ -9,13 +9,14 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
+from merging.formats.header import DEFAULT_LIMITS
 from service.names import WEIGHTS
 from service.storage import Storage
 
 DENSE = ("checkpoint", "task_vector")
 """Formats of whole models. Their headers say all that a plan needs; adapters may need their data."""
 
-_MAX_HEADER = 100_000_000
+_HEAD = 512
 
 
 def outline(storage: Storage, key: str, size: int, target: Path) -> None:
@@ -24,7 +25,8 @@ def outline(storage: Storage, key: str, size: int, target: Path) -> None:
     Raises ``FileNotFoundError``.
     """
     length = int.from_bytes(storage.first_bytes(key, 8), "little")
-    data = storage.first_bytes(key, 8 + min(length, _MAX_HEADER))
+    # of a file whose header nobody will read, as much as it takes to refuse it
+    data = storage.first_bytes(key, 8 + length if length <= DEFAULT_LIMITS.header_bytes else _HEAD)
     target.parent.mkdir(parents=True, exist_ok=True)
     with target.open("xb") as file:
         file.write(data)

@@ -40,6 +40,7 @@ def _decode(cursor: str) -> tuple[int, str]:
         score, member = data
         if type(score) is not int or type(member) is not str:
             raise ValueError("wrong types")
+        member.encode()  # half a surrogate pair cannot be
     except (ValueError, TypeError, RecursionError) as error:
         raise BadRequest(
             "cursor_invalid",

@@ -112,9 +112,9 @@ class Registry:
         A revision without weights is allowed here; its format is :data:`NO_WEIGHTS`. Raises every error of
         opening an adapter.
         """
-        _refuse_nesting(files)
         if len(files) > MAX_FILES:
             raise TooLarge("too_many_files", f"{model} would have more than {MAX_FILES} files")
+        _refuse_nesting(files)
         revision = revision_of(files)
         manifest = self._load(tenant, model, revision) or self._describe(tenant, model, revision, files)
         with self._redis.lock(f"{revisions_key(tenant, model)}:lock", timeout=_LOCK_SECONDS):

@@ -21,7 +21,8 @@ from service.routers.merges import MergeId
 router = APIRouter(prefix="/v1/merges", tags=["merges"])
 
 _LIFE_SECONDS = 600
-_ID_PATTERN = r"^\d{1,20}-\d{1,20}$"
+_ID_PATTERN = r"^[0-9]{1,19}-[0-9]{1,19}$"
+"""Redis refuses what has more than 64 bits, and one reader asks it for all listeners."""
 
 
 def _merge(services: ServicesDep, tenant: TenantDep, merge_id: MergeId) -> MergeRecord:

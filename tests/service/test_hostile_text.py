@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import time
 from typing import Any
@@ -124,3 +125,20 @@ def test_front_matter_that_would_grow_is_answered_at_once(http: httpx.Client) ->
     answer = http.post("/hf/api/validate-yaml", json={"content": content})
     assert answer.status_code in (200, 400)
     assert time.monotonic() - started < 1.0
+
+
+CURSORS = [[1, LONE], [10**400, "a"], [-(10**400), "a"], [1, "a\0b"], [1 << 70, "mrg_"]]
+
+
+@pytest.mark.parametrize("place", ["/v1/merges", "/v1/models"])
+@pytest.mark.parametrize("content", CURSORS, ids=["half a pair", "huge", "negative", "zero byte", "integer"])
+def test_a_made_up_cursor_breaks_nothing(http: httpx.Client, place: str, content: list[Any]) -> None:
+    cursor = base64.urlsafe_b64encode(json.dumps(content).encode()).decode().rstrip("=")
+    answer = http.get(place, params={"cursor": cursor})
+    assert answer.status_code in (200, 400), answer.text
+
+
+def test_an_event_id_beyond_what_redis_counts_is_refused(http: httpx.Client, merged: dict[str, Any]) -> None:
+    for event in ("99999999999999999999-0", "0-99999999999999999999"):
+        answer = http.get(merged["links"]["events"], headers={"Last-Event-ID": event})
+        assert (answer.status_code, answer.json()["code"]) == (422, "request_invalid")
