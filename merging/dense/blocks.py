@@ -226,6 +226,8 @@ def check_inputs(plan: DensePlan, job: TensorJob) -> None:
 def checked_cast(rows: Tensor, dtype: str, name: str) -> Tensor:
     """Rows in the dtype of the file. Raises ``result_not_finite`` or ``result_overflow``."""
     wanted: torch.dtype = getattr(torch, TORCH_NAMES[dtype])
+    if not rows.numel():
+        return rows.to(wanted)
     low, high = (float(value) for value in rows.aminmax())
     if not (math.isfinite(low) and math.isfinite(high)):
         raise MergeFailure("result_not_finite", f"tensor {name} is not finite", where={"tensor": name})

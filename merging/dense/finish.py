@@ -123,7 +123,8 @@ def _adapter(plan: DensePlan, parts: Sequence[ShardResult], out: Path) -> dict[s
     (out / peft_out.CONFIG_NAME).unlink(missing_ok=True)
     files = {peft_out.WEIGHTS_NAME: write_safetensors(path, specs, tensors(), header_metadata(plan))}
     config = (plan.base.config if plan.base is not None else None) or {}
-    causal = any(str(name).endswith("ForCausalLM") for name in config.get("architectures") or ())
+    named = config.get("architectures")
+    causal = isinstance(named, list) and any(str(name).endswith("ForCausalLM") for name in named)
     fields = peft_out.adapter_config(
         modules,
         base_model=plan.recipe.base_model,

@@ -304,3 +304,29 @@ def test_the_memory_budget_limits_the_threads(tmp_path: Path) -> None:
         assert thread_limit(plan, 8, None) == 8
         assert thread_limit(plan, 8, 1) == 1
         assert thread_limit(replace(plan), 8, 300 << 20) == 3
+
+
+@pytest.mark.parametrize(
+    "method", ["linear", "magnitude_prune", "ties", "breadcrumbs", "dare_ties", "della", "consensus"]
+)
+@pytest.mark.parametrize("dtype", ["bf16", "f64"])
+def test_same_bytes_for_any_size_of_the_blocks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, dtype: str
+) -> None:
+    base, models = inputs(tmp_path, DTYPES[dtype])
+    data = recipe(base, models, method, parameters=SETTINGS.get(method, {}), seed=3)
+    one = merging.merge(data, tmp_path / "one", threads=1, device="cpu")
+    for size in (1, 700):
+        monkeypatch.setattr("merging.kernels.CACHE_BYTES", size)
+        monkeypatch.setattr("merging.dense.blocks.STREAM_BUDGET", 6 * size)
+        small = merging.merge(data, tmp_path / str(size), threads=1, device="cpu")
+        assert small.files["model.safetensors"] == one.files["model.safetensors"]
+
+
+def test_rows_of_any_length_are_ranked_alike() -> None:
+    from merging.rules import RADIX_COLUMNS, row_ranks
+
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 3, RADIX_COLUMNS, generator=generator).bfloat16().float()  # with many ties
+    wanted = torch.argsort(torch.argsort(x.abs(), dim=-1, stable=True), dim=-1).float() + 1
+    assert torch.equal(row_ranks(x), wanted)

@@ -176,6 +176,32 @@ def test_an_overflow_of_the_output_is_told(tmp_path: Path) -> None:
     assert caught.value.code == "result_overflow"
 
 
+def test_an_empty_tensor_is_cast_too(tmp_path: Path) -> None:
+    empty = {"a": torch.empty(0, 3, dtype=torch.bfloat16), "b": torch.empty(4, 0, dtype=torch.bfloat16)}
+    base, model = pair(tmp_path, {**base_tensors(), **empty}, {})
+    data = recipe(base, [model], output={"format": "checkpoint", "dtype": "float32"})
+    merging.merge(data, tmp_path / "out", device="cpu")
+    result = read_all(tmp_path / "out")
+    assert {name: (result[name].shape, result[name].dtype) for name in empty} == {
+        name: (tensor.shape, torch.float32) for name, tensor in empty.items()
+    }
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"architectures": 7, "model_type": ["x"], "tie_word_embeddings": "no"},
+        {"architectures": None, "model_type": None, "auto_map": []},
+        {"architectures": [{}], "torch_dtype": 3},
+    ],
+)
+def test_odd_configurations_do_not_stop_a_merge(tmp_path: Path, config: dict[str, Any]) -> None:
+    base, model = pair(tmp_path, base_tensors(), {}, **config)
+    for output in ({"format": "checkpoint", "dtype": "float32"}, {"format": "lora", "rank": 2}):
+        data = recipe(base, [model], output=output, modules_to_save="drop")
+        assert merging.merge(data, tmp_path / output["format"], device="cpu").files
+
+
 @pytest.mark.parametrize(
     ("dtype", "torch_dtype"),
     [("float32", torch.float32), ("float16", torch.float16), ("bfloat16", torch.bfloat16)],
