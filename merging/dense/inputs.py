@@ -7,8 +7,11 @@ from pathlib import Path
 
 from merging import catalog
 from merging.errors import InputError
-from merging.formats.adapter import Adapter, open_adapter
+from merging.formats.adapter import READERS, Adapter, open_adapter
 from merging.formats.checkpoint_in import holds_checkpoint, open_checkpoint
+from merging.formats.guard import check_safetensors
+from merging.formats.source import Source
+from merging.formats.tails import refuse_unsupported
 from merging.formats.task_vector import holds_task_vector, open_task_vector
 from merging.formats.tensor_set import TensorSet
 from merging.recipe import Recipe
@@ -23,7 +26,20 @@ def is_dense(path: Path) -> bool:
     """Whether the model at ``path`` is a checkpoint or a task vector rather than an adapter."""
     if path.is_dir() and (path / ADAPTER_CONFIG).exists():
         return False
-    return holds_checkpoint(path) or holds_task_vector(path)
+    return holds_checkpoint(path) or holds_task_vector(path) or _is_plain_file(path)
+
+
+def _is_plain_file(path: Path) -> bool:
+    """Whether a single file is of no family of adapters: then its tensors are weights, whatever its name."""
+    if not path.is_file() or path.suffix != ".safetensors" or (path.parent / ADAPTER_CONFIG).exists():
+        return False
+    header = check_safetensors(path)
+    source = Source(path.parent, path, None, single=True)
+    try:
+        refuse_unsupported(header.tensors, path.name)
+    except InputError:
+        return False  # an adapter, though none that is supported
+    return not any(reader.recognises(source, header) for reader in READERS)
 
 
 def open_model(path: Path, label: str) -> Model:
@@ -34,6 +50,8 @@ def open_model(path: Path, label: str) -> Model:
         return open_checkpoint(path, label=label)
     if holds_task_vector(path):
         return open_task_vector(path, label=label)
+    if _is_plain_file(path):
+        return open_checkpoint(path, label=label)
     return open_adapter(path, label=label)
 
 

@@ -344,3 +344,28 @@ def test_adapters_of_embeddings_and_transposed_weights_lie_as_the_base_stores_th
         out = tmp_path / f"{adapter.name}-out"
         merging.merge(recipe(base, [adapter, whole]), out, device="cpu")
         assert torch.allclose(read_all(out)[key], start[key] + delta, atol=1e-5)
+
+
+def test_single_files_of_any_name_are_models(tmp_path: Path) -> None:
+    tensors = base_tensors(torch.float32)
+    paths = [tmp_path / name for name in ("start.safetensors", "one-fp32.safetensors", "two.safetensors")]
+    for path, content in zip(paths, (tensors, tuned(tensors, 1), tuned(tensors, 2)), strict=True):
+        save_file(content, str(path))
+    data = recipe(paths[0], paths[1:], parameters={"weight": 0.5})
+    merging.merge(data, tmp_path / "out", device="cpu")
+    found = read_all(tmp_path / "out")
+    wanted = 0.5 * (load_file(paths[1])[Q] + load_file(paths[2])[Q])
+    assert torch.allclose(found[Q], wanted, atol=1e-6)
+
+
+def test_a_single_file_of_an_adapter_is_an_adapter(tmp_path: Path, base: Path) -> None:
+    folder = write_adapter(tmp_path / "a", modules=MODULES)
+    bare = tmp_path / "bare.safetensors"
+    bare.write_bytes((folder / "adapter_model.safetensors").read_bytes())
+    with pytest.raises(InputError) as caught:
+        merging.plan(recipe(base, [bare]))
+    assert caught.value.code == "adapter_config_missing"
+    save_file({"lora_unet_x.hada_w1_a": torch.ones(2, 2)}, str(bare))
+    with pytest.raises(InputError) as caught:
+        merging.plan(recipe(base, [bare]))
+    assert caught.value.code not in ("extra_tensors", "missing_tensors")
