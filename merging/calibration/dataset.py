@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +23,8 @@ from merging.formats.tensors import TensorFile
 MAX_TEXT_BYTES = 256 << 20
 MAX_TENSOR_BYTES = 4 << 30
 MAX_ROWS = 1_000_000
+MAX_LINES = 2 * MAX_ROWS
+"""With the empty ones."""
 MAX_ROW_CHARACTERS = 200_000
 KEYS = ("text", "text_pair", "task", "label")
 TENSORS = {"input_ids": 2, "attention_mask": 2, "token_type_ids": 2, "pixel_values": 4}
@@ -127,25 +129,37 @@ def open_shared(path: str | Path, tasks: Sequence[str]) -> dict[str, Dataset]:
 
 def count_rows(path: Path) -> int:
     """How many rows a file of JSON lines has, for one task or several; all are checked."""
-    return len(_rows(path)[1])
+    return sum(1 for _ in _each(path, _read(path)))
 
 
 def _rows(path: Path) -> tuple[str, list[dict[str, Any]]]:
     data = _read(path)
-    rows: list[dict[str, Any]] = []
-    try:
-        text = data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        _fail("dataset_not_text", path, f"is not UTF-8 at byte {error.start}", None)
-    for number, line in enumerate(text.split("\n"), 1):
+    rows = list(_each(path, data))
+    return hashlib.sha256(data).hexdigest(), rows
+
+
+def _each(path: Path, data: bytes) -> Iterator[dict[str, Any]]:
+    """The rows, one at a time: as objects, many short lines would take far more memory than the file."""
+    found, number, start = 0, 0, 0
+    while start < len(data):
+        end = data.find(b"\n", start)
+        end = len(data) if end < 0 else end
+        number += 1
+        if number > MAX_LINES:
+            _fail("dataset_too_large", path, f"has more than {MAX_LINES} lines", None)
+        try:
+            line = data[start:end].decode("utf-8")
+        except UnicodeDecodeError as error:
+            _fail("dataset_not_text", path, f"is not UTF-8 at byte {start + error.start}", None)
+        start = end + 1
         if not line.strip():
             continue
-        if len(rows) >= MAX_ROWS:
+        found += 1
+        if found > MAX_ROWS:
             _fail("dataset_too_large", path, f"has more than {MAX_ROWS} rows", None)
-        rows.append(_row(path, number, line))
-    if not rows:
+        yield _row(path, number, line)
+    if not found:
         _fail("dataset_empty", path, "has no rows", None)
-    return hashlib.sha256(data).hexdigest(), rows
 
 
 def _row(path: Path, number: int, line: str) -> dict[str, Any]:
