@@ -200,7 +200,7 @@ def _read(path: Path) -> bytes:
                     f"has {status.st_size} bytes, the limit is {MAX_TEXT_BYTES}",
                     None,
                 )
-            return read_at(handle, MAX_TEXT_BYTES + 1, 0)
+            return read_at(handle, status.st_size, 0)
     except OSError as error:
         _fail("dataset_not_found", path, f"cannot be read ({error.strerror})", None)
 
