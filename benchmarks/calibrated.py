@@ -28,7 +28,9 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @dataclass(frozen=True)
 class Row:
-    """One merge. ``start`` is the row that it is compared with; ``parts`` are adapters to merge instead."""
+    """One merge. ``start`` is the row that it is compared with; ``parts`` are the parameters of
+    an ``osrm_project`` whose adapters are merged instead.
+    """
 
     name: str
     method: str
@@ -37,7 +39,7 @@ class Row:
     data: bool = False
     head: bool = False
     head_settings: dict[str, Any] = field(default_factory=dict)
-    parts: str | None = None
+    parts: dict[str, Any] | None = None
     more: dict[str, Any] = field(default_factory=dict)
 
 
@@ -51,7 +53,9 @@ def rows(steps: int, batch: int) -> Iterator[Row]:
     for base, scale in (("task arithmetic, 0.3", {"lambda": 0.3}), ("ties, core", {}), ("tsv", {})):
         method = {"task arithmetic, 0.3": "linear", "ties, core": "ties"}.get(base, base)
         more = {"space": "core"} if method == "ties" else {}
-        yield Row(f"osrm_project + {base}", method, scale, base, parts="osrm_project", more=more)
+        for beta in (0.3, 1.0):
+            name = f"osrm_project, beta {beta:g} + {base}"
+            yield Row(name, method, scale, base, parts={"beta": beta}, more=more)
     adapt = {"steps": steps, "batch_size": batch}
     yield Row("adarank cart, 0 steps", "adarank", {**adapt, "steps": 0, "origin": "cart"}, None, True, True)
     start = "task arithmetic, 0.3"
@@ -94,7 +98,7 @@ class Bench:
         if told.exists():
             return out, json.loads(told.read_text())
         begin = time.perf_counter()
-        checkpoint = out.with_suffix(".state")
+        checkpoint = out.with_name(f"{out.name}.state")
         result = engine.merge(
             recipe, out, device="cpu", threads=1, overwrite=True, checkpoint=checkpoint, progress=_progress
         )
@@ -118,8 +122,10 @@ class Bench:
             return {**recipe, **row.more}
         adapters = [str(path) for path in self.inputs.adapters.values()]
         if row.parts is not None:
-            recipe = self.inputs.recipe(row.parts, {}, head=False, calibration={"samples": self.samples})
-            out, report = self._merged(self.folder / row.parts, recipe)
+            calibration = {"samples": self.samples}
+            recipe = self.inputs.recipe("osrm_project", row.parts, head=False, calibration=calibration)
+            told = "-".join(f"{key}-{value}" for key, value in row.parts.items())
+            out, report = self._merged(self.folder / f"osrm_project-{told}", recipe)
             adapters = [str(out / task) for task in report["tasks"]]
         return {**plain, "models": [{"model": path} for path in adapters], **row.more}
 

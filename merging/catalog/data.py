@@ -114,7 +114,10 @@ class OsrmProjectParams(OsrmParams):
     )
     normalize: bool = Field(
         default=True,
-        description="Divide the statistics of each task by their trace, so that tasks count alike.",
+        description=(
+            "Divide the statistics of each task by their trace and take the mean over the other tasks, so "
+            "that tasks count alike and `beta` means the same for any number of them."
+        ),
     )
 
 

@@ -71,9 +71,10 @@ def split(stack: UpdateStack, ctx: Context) -> MultiMerged:
     for g, name in enumerate(stack.names):
         grams = [_statistic(ctx, name, task, params) for task in range(len(ctx.per_model))]
         total = torch.stack(grams).sum(0)
+        shares = len(grams) - 1 if params.normalize else 1  # then `beta` means the same for any number
         for t, task in enumerate(stack.tasks):
             A = stack.A[t][g].cpu()
-            own, others = grams[task], total - grams[task]
+            own, others = grams[task], (total - grams[task]) / shares
             after = project(A, own, others, params, name)
             turned[t].append(after)
             facts[names[0]][g, t] = interference(A, others)
