@@ -17,6 +17,8 @@ from merging.formats.files import open_regular, read_at
 
 MAX_INDEX_BYTES = 50 << 20
 MAX_SHARDS = 2_000
+MAX_ENTRIES = 300_000
+"""Tensors of an index. As objects, short entries take some twenty times the memory of their text."""
 _PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,200}\.safetensors")
 
 
@@ -33,7 +35,7 @@ def index_error(file: str, what: str, *, tensor: str | None = None, remedy: str 
 
 def read_index(path: Path) -> dict[str, str]:
     """The ``weight_map`` of an index file: tensor to file name. Raises ``checkpoint_index``."""
-    data = read_json(path, MAX_INDEX_BYTES)
+    data = read_json(path, MAX_INDEX_BYTES, entries=MAX_ENTRIES)
     found = data.get("weight_map")
     if not isinstance(found, dict) or not found:
         raise index_error(path.name, "has no weight_map")
@@ -50,19 +52,24 @@ def read_index(path: Path) -> dict[str, str]:
     return found
 
 
-def read_json(path: Path, limit: int) -> dict[str, Any]:
-    """A JSON object without repeated keys. Raises ``checkpoint_index`` or ``not_a_regular_file``."""
+def read_json(path: Path, limit: int, *, entries: int | None = None) -> dict[str, Any]:
+    """A JSON object without repeated keys, of at most ``limit`` bytes and about so many ``entries``.
+
+    Raises ``checkpoint_index`` or ``not_a_regular_file``.
+    """
     try:
         with open_regular(path) as (handle, status):
             if status.st_size > limit:
                 raise index_error(path.name, f"has {status.st_size} bytes, the limit is {limit}")
-            raw = read_at(handle, limit + 1, 0)
+            raw = read_at(handle, status.st_size, 0)
     except OSError as error:
         raise InputError(
             "not_a_regular_file",
             f"{path.name} cannot be read ({error.strerror})",
             where={"file": path.name},
         ) from None
+    if entries is not None and raw.count(b",") > entries:
+        raise index_error(path.name, f"has more than {entries} entries")
     try:
         data = json.loads(raw, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
