@@ -14,9 +14,11 @@ from merging.recipe import Recipe
 from service.broker import merge_key
 from service.documents import MergeRecord, attempts_prefix
 from service.jobs import Jobs
+from service.pushes import Pushes
 from service.registry import Registry
 from service.sources import Sources
 from service.storage import Storage, blob_key
+from workers.attempt import Attempt
 from workers.tasks import Task
 
 
@@ -198,3 +200,18 @@ def test_a_result_that_is_published_twice_stays(
     for entry in done.result.files:
         assert storage.size(f"{attempts_prefix('t', merge.id)}/one/{entry.path}") == entry.size
     assert jobs.get("t", merge.id) == done
+
+
+def test_the_last_job_of_a_split_merge_starts_the_push_that_a_killed_one_owes(
+    run: Callable[[str], None], jobs: Jobs, merge: MergeRecord, storage: Watched, tmp_path: Path
+) -> None:
+    started: list[str] = []
+
+    class Recorder(Pushes):
+        def start_waiting(self, tenant: str, merge_id: str) -> None:
+            started.append(merge_id)
+
+    run("one")  # which has no pushes, as if it was killed before it came to that
+    last = Attempt("t", merge.id, "one", jobs, storage, Recorder(jobs._redis, jobs))
+    last.guarded(lambda: last.advance("merge", 0.0, "again"), tmp_path)
+    assert started == [merge.id]
