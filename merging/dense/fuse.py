@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from merging import catalog
 from merging.dense.inputs import Resolve, open_base
 from merging.dense.merge import Say, merge_dense
 from merging.dense.plan import Origin
@@ -27,7 +28,11 @@ _ADAPTER = "the merged adapter"
 
 
 def adapter_recipe(recipe: Recipe) -> Recipe:
-    """The recipe of the adapter; float32, so that only the checkpoint rounds."""
+    """The recipe of the adapter; float32, so that only the checkpoint rounds.
+
+    Raises what :func:`merging.catalog.resolve` does, such as ``output_not_supported``.
+    """
+    catalog.resolve(recipe)
     output = recipe.output.model_copy(update={"format": "lora", "dtype": "float32"})
     return recipe.model_copy(update={"output": output})
 

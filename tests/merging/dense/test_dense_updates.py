@@ -369,3 +369,20 @@ def test_a_single_file_of_an_adapter_is_an_adapter(tmp_path: Path, base: Path) -
     with pytest.raises(InputError) as caught:
         merging.plan(recipe(base, [bare]))
     assert caught.value.code not in ("extra_tensors", "missing_tensors")
+
+
+@pytest.mark.parametrize("act", [merging.plan, lambda data: merging.merge(data, "never", device="cpu")])
+def test_methods_with_several_results_write_no_checkpoint(tmp_path: Path, base: Path, act: Any) -> None:
+    given = [write_adapter(tmp_path / f"a{i}", seed=i, rank=3, modules=MODULES) for i in range(2)]
+    with pytest.raises(InputError) as caught:
+        act(recipe(base, given, "rmm"))
+    assert caught.value.code == "output_not_supported"
+
+
+def test_adapters_need_a_base_to_become_a_checkpoint(tmp_path: Path) -> None:
+    given = [write_adapter(tmp_path / f"a{i}", seed=i, modules=MODULES) for i in range(2)]
+    for method in ("linear", "ties", "tsv"):
+        for act in (merging.plan, lambda data: merging.merge(data, tmp_path / "out", device="cpu")):
+            with pytest.raises(InputError) as caught:
+                act(recipe(None, given, method))
+            assert caught.value.code == "base_model_required"
