@@ -107,3 +107,18 @@ def test_a_split_merge_stops_when_it_is_cancelled(start: Callable[..., Up], fold
     assert done["state"] == "cancelled"
     until(lambda: not up.redis().llen("rq:queue:merges"), what="the other jobs are gone")
     assert not list(attempts.glob("[!p]*"))
+
+
+def test_an_extracted_adapter_has_the_bytes_of_one_process(
+    start: Callable[..., Up], folders: list[Path], tmp_path: Path
+) -> None:
+    up = start(shard_bytes=str(SHARD_BYTES))
+    with up.client() as client:
+        more = {"merge_method": "task_arithmetic", "modules_to_save": "drop"}
+        merge_id, recipe, known = submit(client, folders, output={"format": "lora", "rank": 4}, **more)
+        done = client.wait(merge_id)
+    assert done["state"] == "succeeded", (done, up.log())
+    assert f"{merge_id} is split into" in up.log()
+    assert sums(done) == alone(recipe, known, tmp_path / "alone")
+    attempts = up.storage / "merges" / "local" / merge_id / "attempts"
+    until(lambda: not list(attempts.glob("parts-*/*")), what="what was put together is removed")
