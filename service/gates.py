@@ -25,7 +25,8 @@ def _header(scope: Scope, name: bytes) -> str:
 class HostGate:
     """A service without keys answers to the names of this machine and of ``public_url`` only.
 
-    Otherwise a web page could reach it through a name of its own that resolves to 127.0.0.1.
+    Otherwise a web page could reach it through a name of its own that resolves to 127.0.0.1. For the same
+    reason it takes nothing from pages of other origins: a browser sends a POST of plain text without asking.
     """
 
     def __init__(self, app: ASGIApp, settings: Settings) -> None:
@@ -33,20 +34,32 @@ class HostGate:
         self._public = urlsplit(settings.public_url).hostname if settings.public_url else None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or self._allowed(_header(scope, b"host")):
+        if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        response = problem(
-            421,
-            "host_not_allowed",
-            "this service listens for its own machine only, and was addressed by another name",
-            remedy="Use http://127.0.0.1, or set MERGANSER_PUBLIC_URL",
-        )
-        await response(scope, receive, send)
+        origin = _header(scope, b"origin")
+        if not self._allowed("//" + _header(scope, b"host")):
+            response = problem(
+                421,
+                "host_not_allowed",
+                "this service listens for its own machine only, and was addressed by another name",
+                remedy="Use http://127.0.0.1, or set MERGANSER_PUBLIC_URL",
+            )
+            await response(scope, receive, send)
+        elif origin and not self._allowed(origin):
+            response = problem(
+                403,
+                "origin_not_allowed",
+                "this service has no keys, and takes no requests from pages of other origins",
+                remedy="Run it with keys, or set MERGANSER_PUBLIC_URL",
+            )
+            await response(scope, receive, send)
+        else:
+            await self._app(scope, receive, send)
 
-    def _allowed(self, header: str) -> bool:
+    def _allowed(self, address: str) -> bool:
         try:
-            host = urlsplit(f"//{header}").hostname
+            host = urlsplit(address).hostname
         except ValueError:
             return False
         return host is not None and (is_loopback(host) or host == self._public)
