@@ -2,7 +2,8 @@
 
 Idempotent, and safe beside a running service: what Redis knows is newer and stays. Merges that had not ended
 are queued again, and so are pushes. Lost for good are uploads that were not committed, Idempotency-Keys,
-counts for metrics, and the cancellation of a merge whose end was not in storage yet.
+counts for metrics, messages of webhooks that were still to be sent, and the cancellation of a merge whose
+end was not in storage yet.
 """
 
 from __future__ import annotations
