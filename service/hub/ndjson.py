@@ -57,6 +57,9 @@ class CommitBody:
         """A line up to its end (False) or to the start of a content (True); None after the last one."""
         searched = 0
         while True:
+            if self._buffer[:1] == b"\n":  # all empty lines at once, be there ever so many
+                self._buffer = self._buffer.lstrip(b"\n")
+                searched = 0
             end = self._buffer.find(b"\n", searched)
             opening = _CONTENT.search(self._buffer, searched, len(self._buffer) if end < 0 else end)
             if opening:

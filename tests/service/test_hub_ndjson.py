@@ -111,3 +111,20 @@ def test_a_large_file_is_never_held_as_a_whole() -> None:
 
     assert asyncio.run(lines())[0].blob == Blob("", 3 << 20)
     assert max(sizes) <= 1 << 16
+
+
+def test_empty_lines_are_passed_over_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One by one, a megabyte of them would keep the event loop from everybody else for most of a second."""
+    searches = 0
+    search = CommitBody._head
+
+    async def counted(self: CommitBody) -> tuple[bytes, bool] | None:
+        nonlocal searches
+        searches += 1
+        return await search(self)
+
+    monkeypatch.setattr(CommitBody, "_head", counted)
+    last = line("deletedFile", {"path": "a"})
+    lines, _ = read(b"\n" * (1 << 20) + last + b"\n" * 3 + last)
+    assert [found.key for found in lines] == ["deletedFile"] * 2
+    assert searches <= 5
