@@ -12,6 +12,7 @@ from service.cli_console import ShowProgress, note, progress, say
 
 if TYPE_CHECKING:
     from service.client import Client
+    from service.work import Configuration
 
 DEFAULT_URL = "http://127.0.0.1:8642"
 
@@ -67,13 +68,11 @@ def _client_command(commands: Any, name: str, summary: str, text: str) -> argpar
 
 
 def _submit(args: argparse.Namespace) -> int:
-    from merging.recipe import Recipe
-
-    recipe = Recipe.load(args.recipe).model_dump(mode="json")
+    work = _read(args.recipe)
     with _connect(args) as client:
         if args.push is not None:
-            recipe["models"] = [_pushed(client, entry, args.push) for entry in recipe["models"]]
-        merge_id = client.submit(recipe)["id"]
+            work = _with_pushed(client, work, args.push)
+        merge_id = client.submit(work if isinstance(work, dict) else work.document)["id"]
         if not (args.wait or args.out):
             say(merge_id)
             return 0
@@ -100,14 +99,40 @@ def show_event(show: ShowProgress, kind: str, data: dict[str, Any]) -> None:
         show(data["state"], 1.0 if data["state"] == "succeeded" else 0.0, "")
 
 
-def _pushed(client: Client, entry: dict[str, Any], ns: str) -> dict[str, Any]:
-    """The entry of a model; a local folder is uploaded and replaced by its revision in the service."""
-    folder = Path(entry["model"])
+def _read(path: Path) -> Configuration | dict[str, Any]:
+    """The mergekit configuration or the recipe in a file. The service decides what could be either."""
+    from merging.mergekit.config import is_either
+    from merging.mergekit.detect import claimed
+    from merging.recipe import Recipe, read_document
+    from service.work import Configuration
+
+    config = claimed(path, Path)
+    if config is not None:
+        return Configuration.read(*config)
+    recipe = Recipe.load(path).model_dump(mode="json")
+    document, _ = read_document(path)
+    return document if is_either(document) else recipe
+
+
+def _with_pushed(
+    client: Client, work: Configuration | dict[str, Any], ns: str
+) -> Configuration | dict[str, Any]:
+    """The same with local folders uploaded: all of a configuration, of a recipe those it merges."""
+    if isinstance(work, dict):
+        models = [{**entry, "model": _pushed(client, entry["model"], ns)} for entry in work["models"]]
+        return {**work, "models": models}
+    named = dict.fromkeys(work.references().values())
+    return work.renamed({model: _pushed(client, model, ns) for model in named})
+
+
+def _pushed(client: Client, model: str, ns: str) -> str:
+    """A reference to a model; a local folder is uploaded, and then it is its revision in the service."""
+    folder = Path(model)
     if not folder.is_dir():
-        return entry
+        return model
     revision = client.push_dir(folder, f"{ns}/{folder.resolve().name}")
     note(f"pushed {folder} as {revision['model']}")
-    return {**entry, "model": f"{revision['model']}@{revision['revision']}"}
+    return f"{revision['model']}@{revision['revision']}"
 
 
 def _push(args: argparse.Namespace) -> int:

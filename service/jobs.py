@@ -18,7 +18,6 @@ from rq import Queue, Retry
 from rq.serializers import JSONSerializer
 
 from merging.errors import Cancelled
-from merging.recipe import Recipe
 from service import outlook, tally, transitions
 from service.broker import (
     ACTIVE,
@@ -51,6 +50,7 @@ from service.sizes import move_up, size_for
 from service.storage import Storage, StorageUnavailable
 from service.webhooks.deliveries import announce
 from service.webhooks.endpoints import Endpoints, of_merge
+from service.work import Work, kept
 
 MAX_RETRIES = 5
 """How often a merge is started again after its worker died; input errors are never retried."""
@@ -75,9 +75,9 @@ class Jobs:
 
     # the API's side
 
-    def create(self, tenant: str, recipe: Recipe, **more: Any) -> MergeRecord:
+    def create(self, tenant: str, work: Work, **more: Any) -> MergeRecord:
         """A new merge, queued. ``more``: fields of the record."""
-        return self.submit(new_record(tenant, recipe, **more))
+        return self.submit(new_record(tenant, work, **more))
 
     def submit(self, record: MergeRecord) -> MergeRecord:
         """Queue a new record. It is in storage before it is in Redis."""
@@ -98,7 +98,7 @@ class Jobs:
         same["push"] = old.push.again() if old.push else None
         same["id"] = new_id()
         Endpoints(self._storage).attach_like(tenant, old.id, same["id"])
-        return self.create(tenant, Recipe.load(old.recipe), retry_of=old.id, **same, **more)
+        return self.create(tenant, kept(old.recipe), retry_of=old.id, **same, **more)
 
     def entered(self, tenant: str, merge_id: str) -> bool:
         """Whether a merge exists as a whole: it is in Redis, or it has ended."""

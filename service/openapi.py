@@ -14,7 +14,7 @@ from pydantic.json_schema import models_json_schema
 
 from service.content import MEDIA_TYPES, OTHER_TYPE
 from service.problems import MEDIA_TYPE
-from service.schemas.merges import MergeRequest
+from service.schemas.merges import ConfigurationRequest, MergeRequest
 from service.schemas.problem import Problem
 from service.signposts import add_examples, add_links
 
@@ -50,7 +50,12 @@ def _describe(app: FastAPI) -> dict[str, Any]:
     for name in ("HTTPValidationError", "ValidationError"):
         schemas.pop(name, None)
     _, extra = models_json_schema(
-        [(MergeRequest, "validation"), (Problem, "serialization")], ref_template=_REF
+        [
+            (MergeRequest, "validation"),
+            (ConfigurationRequest, "validation"),
+            (Problem, "serialization"),
+        ],
+        ref_template=_REF,
     )
     schemas.update({name: schema for name, schema in extra["$defs"].items() if name not in schemas})
     failure = {
@@ -75,7 +80,9 @@ def _amend(operation: dict[str, Any]) -> None:
     name, responses = operation["operationId"], operation["responses"]
     if name in _RECIPE_OPERATIONS:
         body = operation["requestBody"]["content"]["application/json"]
-        body["schema"] = {"$ref": _REF.format(model="MergeRequest")}
+        body["schema"] = {
+            "anyOf": [{"$ref": _REF.format(model=name)} for name in ("MergeRequest", "ConfigurationRequest")]
+        }
     if any(parameter["name"] == "signature" for parameter in operation.get("parameters", [])):
         operation["security"] = [*operation.get("security", []), {}]  # a signed URL needs no key
     if name == "create_upload":

@@ -7,10 +7,10 @@ import secrets
 from collections.abc import Mapping
 from typing import Any
 
-from merging.recipe import Recipe
 from service.broker import text
 from service.clock import millis, now
 from service.documents import MergeRecord
+from service.work import Work, document_of
 
 _FIXED = (
     *("id", "tenant", "name", "recipe", "priority", "digest", "cached_from", "retry_of", "request_id"),
@@ -24,9 +24,9 @@ def new_id() -> str:
     return f"mrg_{secrets.token_hex(16)}"
 
 
-def new_record(tenant: str, recipe: Recipe, **more: Any) -> MergeRecord:
+def new_record(tenant: str, work: Work, **more: Any) -> MergeRecord:
     """The record of a new merge."""
-    fields = {"id": new_id(), "recipe": recipe.model_dump(mode="json"), "created_at": now(), **more}
+    fields = {"id": new_id(), "recipe": document_of(work), "created_at": now(), **more}
     return MergeRecord(tenant=tenant, **fields)
 
 

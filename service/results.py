@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import json
+from typing import Any
 
 from merging import __version__, catalog
-from merging.recipe import Recipe
 from service.clock import now
 from service.documents import MergeRecord, attempts_prefix, result_key
 from service.jobs import Jobs
 from service.storage import Storage
+from service.work import Configuration, Work
 
 
-def job_digest(pinned: Recipe) -> str:
+def job_digest(pinned: Work) -> str:
     """sha256 (hex) of what a job is: pinned models, method and parameters with their defaults, version.
 
-    Models are told apart by name and revision, because the files of a result name them.
+    Models are told apart by name and revision, because the files of a result name them. Of a configuration
+    it is what it says.
     """
+    if isinstance(pinned, Configuration):
+        return _sha256({"configuration": pinned.document, "version": __version__})
     resolved = catalog.resolve(pinned)
     spelled_out = pinned.model_copy(
         update={
@@ -31,6 +35,10 @@ def job_digest(pinned: Recipe) -> str:
         "recipe": spelled_out.canonical(names, ordered=resolved.method.contract.ordered),
         "version": __version__,
     }
+    return _sha256(job)
+
+
+def _sha256(job: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(job, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 

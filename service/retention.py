@@ -8,7 +8,6 @@ import time
 import redis
 
 from merging.calibration.references import data_references
-from merging.recipe import Recipe
 from service.broker import ACTIVE, merges_key, text
 from service.clock import millis
 from service.documents import FINAL
@@ -16,6 +15,7 @@ from service.errors import Conflict, NotFound
 from service.jobs import Jobs
 from service.names import RESULTS
 from service.storage import Storage
+from service.work import Configuration, Work, kept
 
 _DAY_SECONDS = 24 * 3600
 
@@ -61,14 +61,16 @@ class Retention:
         found = set()
         for tenant, merge_id in self._jobs.members(ACTIVE):
             record = self._jobs.find(tenant, merge_id)
-            for reference in _references(Recipe.load(record.recipe)) if record else ():
+            for reference in _references(kept(record.recipe)) if record else ():
                 ns, _, name = reference.partition("/")
                 if ns == RESULTS:
                     found.add(f"{tenant}/{name}")
         return found
 
 
-def _references(recipe: Recipe) -> list[str]:
-    """All that a recipe may read."""
-    named = [entry.model for entry in recipe.models]
-    return [*named, recipe.base_model or "", *data_references(recipe).values()]
+def _references(work: Work) -> list[str]:
+    """All that a merge may read."""
+    if isinstance(work, Configuration):
+        return list(work.references().values())
+    named = [entry.model for entry in work.models]
+    return [*named, work.base_model or "", *data_references(work).values()]

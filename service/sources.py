@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 from merging.calibration.references import data_references
 from merging.errors import InputError
+from merging.mergekit.detect import claims
 from merging.recipe import Recipe
 from service.data_uploads import looks_at_data, starts_from_nothing
 from service.documents import FileEntry, MergeRecord, result_key
@@ -19,6 +21,7 @@ from service.registry import NO_WEIGHTS, Registry
 from service.remote.imports import Imported, bring, renamed
 from service.remote.references import Hubs, is_remote
 from service.storage import Storage
+from service.work import Configuration, Work, output_format
 
 
 class Sources:
@@ -38,6 +41,38 @@ class Sources:
         self._storage = storage
         self._hubs = hubs
         self._import_limit = import_limit
+
+    def read(self, tenant: str, document: Mapping[str, Any]) -> Work:
+        """The recipe or the mergekit configuration that a document is. Raises their errors."""
+        if claims(document, lambda model: self._is_checkpoint(tenant, model)):
+            return Configuration.read(document)
+        return Recipe.load(document)
+
+    def _is_checkpoint(self, tenant: str, text: str) -> bool:
+        reference = parse_reference(text)
+        if reference is None:
+            return False
+        try:
+            if reference.ns == RESULTS:
+                return output_format(self._result(tenant, reference).recipe) == "checkpoint"
+            return self._registry.manifest(tenant, reference).format == "checkpoint"
+        except (InputError, NotFound):
+            return False  # whoever pins it says what is wrong
+
+    def pin_configuration(self, tenant: str, configuration: Configuration) -> Configuration:
+        """The same as :meth:`pin`. Raises its errors, and ``mergekit_remote_model``."""
+        names: dict[str, str] = {}
+        for field, text in configuration.references().items():
+            if is_remote(text):
+                raise InputError(
+                    "mergekit_remote_model",
+                    f"{field}: models of mergekit configurations are not brought from other hubs",
+                    remedy="Upload it and name it ns/name[@revision], or use `merganser merge`",
+                    where={"field": field, "model": text},
+                )
+            if text not in names:
+                names[text] = self._pin(tenant, text, field)
+        return configuration.renamed(names)
 
     def pin(self, tenant: str, recipe: Recipe) -> Recipe:
         """The recipe with every model reference made exact, so that later commits do not change it.
@@ -86,8 +121,7 @@ class Sources:
         if reference is None:
             return False
         if reference.ns == RESULTS:
-            recipe = self._result(tenant, reference).recipe
-            return bool(recipe.get("output", {}).get("format", "lora") != "lora")
+            return output_format(self._result(tenant, reference).recipe) != "lora"
         return self._registry.manifest(tenant, reference).format in DENSE
 
     def _pin(self, tenant: str, text: str, field: str) -> str:
@@ -126,19 +160,19 @@ class Sources:
     def place(
         self,
         tenant: str,
-        recipe: Recipe,
+        work: Work,
         folder: Path,
         imported: Mapping[str, Path] = MappingProxyType({}),
         *,
         outlines: bool = False,
     ) -> Callable[[str], Path]:
-        """Bring the inputs of a recipe into ``folder``; returns the function that finds each of them.
+        """Bring the inputs of a merge into ``folder``; returns the function that finds each of them.
 
         The files are read-only. What was imported is where it is. With ``outlines`` the weights of whole
         models may be there by their headers only. Raises ``model_not_found`` for an input that is gone.
         """
         placed: dict[str, Path] = dict(imported)
-        for name in self._named(tenant, recipe):
+        for name in self._named(tenant, work):
             if name in placed:
                 continue
             reference = parse_reference(name)
@@ -156,8 +190,10 @@ class Sources:
 
         return find
 
-    def _named(self, tenant: str, recipe: Recipe) -> list[str]:
+    def _named(self, tenant: str, recipe: Work) -> list[str]:
         """The references to be placed: the models, the base where it is read, and data."""
+        if isinstance(recipe, Configuration):
+            return list(recipe.references().values())
         models = [] if starts_from_nothing(recipe) else [entry.model for entry in recipe.models]
         base = parse_reference(recipe.base_model or "")
         # a pinned one is read; the result of a merge has no revision to tell by
@@ -180,9 +216,9 @@ class Sources:
         if reference is not None and reference.ns != RESULTS:
             self._registry.fetch(tenant, self._registry.manifest(tenant, reference), path, folder)
 
-    def complete(self, tenant: str, recipe: Recipe, find: Callable[[str], Path]) -> None:
+    def complete(self, tenant: str, work: Work, find: Callable[[str], Path]) -> None:
         """Bring what was placed by its header only."""
-        for name in dict.fromkeys(self._named(tenant, recipe)):
+        for name in dict.fromkeys(self._named(tenant, work)):
             reference = parse_reference(name)
             if reference is None or reference.ns == RESULTS:
                 continue

@@ -22,6 +22,7 @@ from service.pushes import Pushes
 from service.scratch import scratch
 from service.sources import Sources
 from service.storage import Storage
+from service.work import Configuration, Work, kept
 from workers.attempt import Attempt
 from workers.environment import process_seconds
 from workers.lead import Splitter
@@ -83,23 +84,25 @@ class Task(Attempt):
             process_seconds=round(process_seconds(), 3),
             engine_loaded="merging.engine" in sys.modules,
         )
-        recipe = Recipe.load(record.recipe)
+        work = kept(record.recipe)
         self.advance("inputs", 0.0, "bringing the inputs")
-        imported = sources.bring(
-            recipe, folder / "imports", lambda message: self.advance("inputs", 0.0, message)
-        )
-        recipe = imported.recipe
-        inputs = folder / "inputs"
-        find = sources.place(self._tenant, recipe, inputs, imported.folders, outlines=True)
-        if self._splitter is not None and not imported.folders:
-            split = self._splitter.split(self, record, recipe, sources, find)
+        folders: dict[str, Path] = {}
+        commits: dict[str, str] = {}
+        if isinstance(work, Recipe):
+            imported = sources.bring(
+                work, folder / "imports", lambda message: self.advance("inputs", 0.0, message)
+            )
+            work, folders, commits = imported.recipe, imported.folders, imported.commits
+        find = sources.place(self._tenant, work, folder / "inputs", folders, outlines=True)
+        if self._splitter is not None and isinstance(work, Recipe) and not folders:
+            split = self._splitter.split(self, record, work, sources, find)
             if split:
                 return
-        sources.complete(self._tenant, recipe, find)
+        sources.complete(self._tenant, work, find)
         self.advance("starting", 0.0, "starting the engine")
         self._kept = ProgressFile(self._storage, self._tenant, self._id, folder / "checkpoint")
         self._kept.bring()
-        done = self._run_engine(recipe, record.memory_bytes, folder / "result", find)
+        done = self._run_engine(work, record.memory_bytes, folder / "result", find)
         self.advance("store", _ENGINE_SHARE, "storing the result")
         files = []
         for path, sha256 in sorted(done.files.items()):
@@ -113,11 +116,11 @@ class Task(Attempt):
                 seconds=round(done.seconds, 3),
                 files=tuple(files),
                 summary=done.report.get("summary", {}),
-                imports=imported.commits,
+                imports=commits,
             )
         )
 
-    def _run_engine(self, recipe: Recipe, need: int, out: Path, find: Resolve) -> Any:
+    def _run_engine(self, work: Work, need: int, out: Path, find: Resolve) -> Any:
         """Run the engine; where memory runs out, leave the merge to a larger worker, or try with less."""
         from merging.engine import merge
 
@@ -125,7 +128,7 @@ class Task(Attempt):
         for rung, following in zip(ladder, (*ladder[1:], None), strict=True):
             try:
                 return merge(
-                    recipe,
+                    work.document if isinstance(work, Configuration) else work,
                     out,
                     device=rung.device,
                     threads=rung.threads,

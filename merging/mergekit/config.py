@@ -104,7 +104,8 @@ def is_either(data: Mapping[str, Any]) -> bool:
     names = param_names()
     return (
         all(key in TOP_LEVEL for key in data)
-        and data.get("merge_method") in METHODS
+        and isinstance(data.get("merge_method"), str)
+        and data["merge_method"] in METHODS
         and all(name in names for place in _parameters(data) for name in place)
     )
 

@@ -21,29 +21,25 @@ def claimed(source: Any, resolve: Callable[[str], Path]) -> tuple[Mapping[str, A
     if isinstance(source, Recipe):
         return None
     data, name = read_document(source)
+    return (data, name) if claims(data, lambda model: _is_whole(model, resolve)) else None
+
+
+def claims(data: Mapping[str, Any], is_whole: Callable[[str], bool]) -> bool:
+    """The same of a parsed document; ``is_whole`` tells whether a model is a whole checkpoint."""
     if is_mergekit(data):
-        return data, name
-    if is_either(data) and _whole(data, resolve):
-        return data, name
-    return None
+        return True
+    models = data.get("models")
+    if not is_either(data) or not isinstance(models, list):
+        return False
+    named = [entry.get("model") for entry in models if isinstance(entry, Mapping)]
+    return bool(named) and all(isinstance(model, str) and is_whole(model) for model in named)
 
 
-def _whole(data: Mapping[str, Any], resolve: Callable[[str], Path]) -> bool:
+def _is_whole(model: str, resolve: Callable[[str], Path]) -> bool:
     from merging.formats.checkpoint_in import holds_checkpoint
 
-    models = data.get("models")
-    named = (
-        [entry.get("model") for entry in models if isinstance(entry, Mapping)]
-        if isinstance(models, list)
-        else []
-    )
-    found = []
-    for model in named:
-        try:
-            path = resolve(model) if isinstance(model, str) else None
-        except InputError:
-            path = None  # the reader of recipes reports it
-        found.append(
-            path is not None and not (path / "adapter_config.json").exists() and holds_checkpoint(path)
-        )
-    return bool(found) and all(found)
+    try:
+        path = resolve(model)
+    except InputError:
+        return False  # the reader of recipes reports it
+    return not (path / "adapter_config.json").exists() and holds_checkpoint(path)

@@ -64,7 +64,10 @@ def number(value: Scalar) -> float:
     """A finite float, as mergekit reads one. Raises :class:`ValueError`."""
     if isinstance(value, bool):
         raise ValueError("true and false are not numbers")
-    found = float(value)
+    try:
+        found = float(value)
+    except OverflowError:
+        raise ValueError("it is too large") from None
     if not math.isfinite(found):
         raise ValueError(f"{value} is not finite")
     return found

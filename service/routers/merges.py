@@ -8,7 +8,6 @@ from fastapi import APIRouter, Body, Header, Path, Query, Request, Response, sta
 from fastapi.concurrency import run_in_threadpool
 
 from merging.errors import InputError, MergeError
-from merging.recipe import Recipe
 from service import outlook
 from service.content import send
 from service.deps import Cursor, Limit, ReaderDep, Services, ServicesDep, TenantDep
@@ -22,22 +21,24 @@ from service.records import new_id, new_record
 from service.remote.imports import remote_models
 from service.results import job_digest, reuse
 from service.routers.literal import LiteralFirst
-from service.schemas.merges import Merge, MergePage, MergeRequest, MergeSummary
+from service.schemas.merges import Merge, MergeOptions, MergePage, MergeSummary
 from service.schemas.models import StoredFile
 from service.scratch import scratch
 from service.waiting import preferred_wait, until_end
+from service.work import Configuration, Work
 
 router = APIRouter(prefix="/v1/merges", tags=["merges"], route_class=LiteralFirst)
 
 MergeId = Annotated[str, Path(description="Id of the merge", pattern=MERGE_ID_PATTERN)]
 Prefer = Annotated[str | None, Header(description="`wait=N`: answer when it has ended, or after N seconds")]
-RecipeBody = Annotated[dict[str, Any], Body(description="A recipe")]
+RecipeBody = Annotated[dict[str, Any], Body(description="A recipe, or a mergekit configuration")]
 
 
 @router.post("/plan", max_body_size=BODY_LIMIT)
 def plan_merge(services: ServicesDep, tenant: ReaderDep, body: RecipeBody) -> dict[str, Any]:
     """Check a recipe and estimate the work, without a job. No tensor is read beyond the headers."""
-    _, found = _plan(services, tenant, MergeRequest.read(body).recipe())
+    _, document = MergeOptions.split(body)
+    _, found = _plan(services, tenant, services.sources.read(tenant, document))
     if found is None:
         raise InputError(
             "hub_model_not_here",
@@ -73,11 +74,12 @@ async def create_merge(
     when the merge has ended, after N seconds (at most 60) at the latest.
     """
     fresh = "no-cache" in (cache_control or "")
-    asked = MergeRequest.read(body)
+    options, document = MergeOptions.split(body)
+    asked = await run_in_threadpool(services.sources.read, tenant, document)
 
     async def work(merge_id: str) -> None:
         more = {"id": merge_id, "request_id": getattr(request.state, "request_id", None)}
-        await run_in_threadpool(_create, services, tenant, asked, fresh=fresh, **more)
+        await run_in_threadpool(_create, services, tenant, asked, options, fresh=fresh, **more)
 
     async def done(merge_id: str) -> bool:
         return await run_in_threadpool(services.jobs.entered, tenant, merge_id)
@@ -186,15 +188,17 @@ def get_task_file(
     return _file(request, services, tenant, merge_id, f"{task}/{path}")
 
 
-def _create(services: Services, tenant: str, asked: MergeRequest, *, fresh: bool, **more: Any) -> None:
+def _create(
+    services: Services, tenant: str, asked: Work, options: MergeOptions, *, fresh: bool, **more: Any
+) -> None:
     """Enter a merge: ended already, when its job was done before, or else queued."""
     Reservations(services.redis, services.settings.max_tenant_bytes).demand_any(tenant)
-    push = asked.push_to.resolved(services.hubs) if asked.push_to else None
-    webhook = asked.webhook.checked(services.webhook_allowed) if asked.webhook else None
-    recipe, found = _plan(services, tenant, asked.recipe())
+    push = options.push_to.resolved(services.hubs) if options.push_to else None
+    webhook = options.webhook.checked(services.webhook_allowed) if options.webhook else None
+    pinned, found = _plan(services, tenant, asked)
     if found is not None:  # what lies on other hubs is unknown, so such a job is never the same
-        more.update(digest=job_digest(recipe), memory_bytes=int(found["estimate"]["memory_bytes"]))
-    record = new_record(tenant, recipe, name=asked.name, priority=asked.priority, push=push, **more)
+        more.update(digest=job_digest(pinned), memory_bytes=int(found["estimate"]["memory_bytes"]))
+    record = new_record(tenant, pinned, name=options.name, priority=options.priority, push=push, **more)
     if webhook is not None:
         given = webhook.model_dump()
         services.webhooks.attach(tenant, record.id, **{**given, "events": tuple(given["events"])})
@@ -228,17 +232,22 @@ def _shown(services: Services, record: MergeRecord) -> Merge:
     return Merge.of(record, position, outlook.eta(services.redis, record, position))
 
 
-def _plan(services: Services, tenant: str, recipe: Recipe) -> tuple[Recipe, dict[str, Any] | None]:
-    """The recipe with pinned models, and its plan, or None when some of them lie on other hubs."""
+def _plan(services: Services, tenant: str, asked: Work) -> tuple[Work, dict[str, Any] | None]:
+    """What is asked for with pinned models, and its plan, or None when some of them lie on other hubs."""
     from merging import catalog, plan
 
-    catalog.resolve(recipe)  # the cheap checks come before any file is touched
-    pinned = services.sources.pin(tenant, recipe)
-    if remote_models(pinned):
-        return pinned, None
+    pinned: Work
+    if isinstance(asked, Configuration):
+        pinned = services.sources.pin_configuration(tenant, asked)
+    else:
+        catalog.resolve(asked)  # the cheap checks come before any file is touched
+        pinned = services.sources.pin(tenant, asked)
+        if remote_models(pinned):
+            return pinned, None
+    source = pinned.document if isinstance(pinned, Configuration) else pinned
     with scratch(services.settings.scratch_dir) as folder:
         try:
-            found = plan(pinned, resolve=services.sources.place(tenant, pinned, folder, outlines=True))
+            found = plan(source, resolve=services.sources.place(tenant, pinned, folder, outlines=True))
             return pinned, found.to_dict()
         except MergeError as error:
             raise hide_folder(error, folder) from None

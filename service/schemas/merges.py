@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from merging.recipe import Recipe
+from merging.recipe import Recipe, validation_error
 from service.documents import MergeRecord, MergeState, Priority, Push, PushState
 from service.remote.references import Hubs, check_target
 from service.schemas.models import StoredFile
@@ -70,8 +70,8 @@ class WebhookTo(_Strict):
         return self
 
 
-class MergeRequest(Recipe):
-    """A recipe, whose models are `ns/name[@revision]` or `merges/<id>`, and how to call the merge."""
+class MergeOptions(_Strict):
+    """What may stand beside a recipe or a configuration."""
 
     name: str | None = Field(default=None, min_length=1, max_length=200)
     push_to: PushTo | None = Field(default=None, description="where the result is pushed when it is there")
@@ -84,15 +84,34 @@ class MergeRequest(Recipe):
         return {"url": value} if isinstance(value, str) else value
 
     @classmethod
-    def read(cls, body: dict[str, Any]) -> MergeRequest:
-        """A request from JSON data. Raises the `recipe_*` errors."""
-        found = cls.load(body)
-        assert isinstance(found, cls)
-        return found
+    def split(cls, body: dict[str, Any]) -> tuple[MergeOptions, dict[str, Any]]:
+        """The options in the body of a request, and what is to be merged. Raises `recipe_*` errors."""
+        given = {key: value for key, value in body.items() if key in cls.model_fields}
+        try:
+            found = cls.model_validate(given, strict=True)
+        except ValidationError as error:
+            raise validation_error(error, "recipe") from error
+        return found, {key: value for key, value in body.items() if key not in given}
 
-    def recipe(self) -> Recipe:
-        """The recipe alone."""
-        return Recipe.model_validate({name: getattr(self, name) for name in Recipe.model_fields})
+
+class MergeRequest(MergeOptions, Recipe):
+    """A recipe, whose models are `ns/name[@revision]` or `merges/<id>`, and how to call the merge."""
+
+
+class ConfigurationRequest(MergeOptions):
+    """A mergekit configuration, whose models are named as those of a recipe, and how to call the merge."""
+
+    merge_method: str = Field(max_length=1024)
+    models: list[dict[str, Any]] | None = Field(default=None, description="either these or `slices`")
+    slices: list[dict[str, Any]] | None = None
+    base_model: str | None = None
+    parameters: dict[str, Any] | None = Field(default=None, description="scalars, gradients or filters")
+    dtype: str | None = None
+    out_dtype: str | None = None
+    tokenizer_source: str | None = None
+    tokenizer: dict[str, Any] | None = None
+    compat: Literal["mergekit"] | None = None
+    seed: int = Field(default=0, ge=0, lt=1 << 63)
 
 
 class Links(_Strict):

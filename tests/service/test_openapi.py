@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import yaml
 
+from merging.mergekit.config import TOP_LEVEL
 from service import openapi
+from service.schemas.merges import MergeOptions
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -64,9 +66,11 @@ def test_every_reference_leads_somewhere(document: dict[str, Any]) -> None:
     assert missing == []
 
 
-def test_the_body_of_a_merge_is_a_recipe(document: dict[str, Any]) -> None:
+def test_the_body_of_a_merge_is_a_recipe_or_a_configuration(document: dict[str, Any]) -> None:
     body = document["paths"]["/v1/merges"]["post"]["requestBody"]["content"]["application/json"]["schema"]
-    assert body == {"$ref": "#/components/schemas/MergeRequest"}
-    schema = document["components"]["schemas"]["MergeRequest"]
+    names = ("MergeRequest", "ConfigurationRequest")
+    assert body == {"anyOf": [{"$ref": f"#/components/schemas/{name}"} for name in names]}
+    schema, other = (document["components"]["schemas"][name] for name in names)
+    assert set(other["properties"]) == {*TOP_LEVEL, *MergeOptions.model_fields}
     assert {"merge_method", "models", "parameters", "output", "seed", "name"} <= set(schema["properties"])
     assert schema["additionalProperties"] is False
