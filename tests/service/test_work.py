@@ -8,6 +8,7 @@ import pytest
 import redis
 
 from merging.errors import InputError
+from merging.mergekit.detect import claims
 from merging.recipe import Recipe
 from service.jobs import Jobs
 from service.records import new_record
@@ -80,6 +81,19 @@ def test_what_is_kept_is_told_apart(work: Recipe | Configuration) -> None:
     assert kept(document_of(work)) == work
     expected = "checkpoint" if isinstance(work, Configuration) else "lora"
     assert output_format(document_of(work)) == expected
+
+
+@pytest.mark.parametrize("method", [[], {}, 3, None])
+def test_a_method_that_is_no_text_makes_no_configuration(method: Any) -> None:
+    document = {"merge_method": method, "models": [{"model": "a/b"}]}
+    assert not claims(document, lambda model: True)
+
+
+def test_the_kind_of_the_models_decides_what_could_be_either() -> None:
+    document = {"merge_method": "linear", "models": [{"model": "a/whole"}, {"model": "a/adapter"}]}
+    assert claims(document, lambda model: True)
+    assert not claims(document, "a/whole".__eq__)
+    assert not claims({**document, "output": {"format": "checkpoint"}}, lambda model: True)
 
 
 def test_seeds_that_are_not_given_are_zero() -> None:
