@@ -76,7 +76,7 @@ class Findings:
         """
         self.modules.sort(key=lambda module: str(module["name"]))
         params: MethodParams = self.prepared.resolved.params
-        wanted = self.prepared.resolved.method.auto_norm
+        wanted = self.prepared.resolved.auto_norm
         if params.lambda_ != "auto":
             self.lambda_ = float(params.lambda_)
         elif wanted is None or self._norm2 == 0.0:
@@ -88,7 +88,7 @@ class Findings:
 
     def _warn_if_too_long(self, params: MethodParams) -> None:
         """A merged update far longer than any input usually hurts more than the merge helps."""
-        wanted = self.prepared.resolved.method.auto_norm
+        wanted = self.prepared.resolved.auto_norm
         ratio = _ratio(math.sqrt(self._norm2) * abs(self.lambda_), self.mean_input_norm())
         if wanted is None or params.lambda_ == "auto" or len(self.tasks) < 2 or ratio <= 2.0 * wanted:
             return

@@ -80,6 +80,10 @@ def load_kernel(method: Method) -> Any:
     return getattr(importlib.import_module(module), attribute)
 
 
+ISOTROPIC_NORM = 2.0
+"""An update with a flat spectrum may be longer: see docs/benchmarks.md."""
+
+
 @dataclass(frozen=True)
 class Resolved:
     """A recipe's method with its parameters settled.
@@ -92,6 +96,12 @@ class Resolved:
     space: str | None
     params: MethodParams
     per_model: tuple[MethodParams, ...]
+
+    @property
+    def auto_norm(self) -> float | None:
+        """What ``lambda: auto`` aims at, in units of the mean norm of the inputs; None: ``auto`` is 1."""
+        flat = getattr(self.params, "isotropize", False)
+        return ISOTROPIC_NORM if flat else self.method.auto_norm
 
 
 def resolve(recipe: Recipe) -> Resolved:

@@ -30,7 +30,10 @@ class TsvParams(LambdaAuto):
     )
     isotropize: bool = Field(
         default=False,
-        description="Finish by setting all non-zero singular values of the merged update to their mean.",
+        description=(
+            "Finish by setting all non-zero singular values of the merged update to their mean; "
+            "`lambda: auto` then aims at twice the mean norm."
+        ),
     )
 
 

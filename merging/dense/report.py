@@ -136,7 +136,7 @@ def _warnings(plan: DensePlan, parts: Sequence[ShardResult]) -> list[dict[str, s
 
 def _too_long(plan: DensePlan, ratio: float) -> list[dict[str, str]]:
     """A merged update far longer than any input usually hurts more than the merge helps."""
-    wanted = plan.resolved.method.auto_norm
+    wanted = plan.resolved.auto_norm
     if (
         wanted is None
         or plan.resolved.params.lambda_ == "auto"

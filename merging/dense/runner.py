@@ -227,7 +227,7 @@ class DenseRunner:
 
     def _calibrated(self, settled: Settled) -> float:
         """``lambda: auto``: the norm of the merged update becomes the documented multiple of the inputs'."""
-        wanted = self.plan.resolved.method.auto_norm
+        wanted = self.plan.resolved.auto_norm
         norm2, squares = 0.0, [0.0] * len(self.plan.models)
         for one in self.map(lambda job: self.merge_tensor(job, settled, None), "norms"):
             norm2 += one.norm2

@@ -111,3 +111,10 @@ def test_compat_modes_never_rescale_but_yield_to_the_recipe() -> None:
 def test_entrywise_methods_default_to_the_full_space() -> None:
     assert catalog.resolve(recipe()).space == "full"
     assert catalog.resolve(recipe(space="core")).space == "core"
+
+
+def test_a_flat_spectrum_may_be_longer() -> None:
+    plain, flat = (
+        catalog.resolve(recipe("tsv", parameters={"isotropize": isotropize})) for isotropize in (False, True)
+    )
+    assert (plain.auto_norm, flat.auto_norm) == (catalog.get("tsv").auto_norm, 2.0)
