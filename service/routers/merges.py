@@ -144,6 +144,8 @@ async def retry_merge(
 ) -> Merge:
     """Queue a merge that failed or was cancelled once more, as a new merge with the same pinned recipe."""
     more = {"request_id": getattr(request.state, "request_id", None)}
+    room = Reservations(services.redis, services.settings.max_tenant_bytes)
+    await run_in_threadpool(room.demand_any, tenant)
     record = await run_in_threadpool(services.jobs.repeat, tenant, merge_id, **more)
     return await _accepted(response, services, tenant, record.id, prefer)
 
