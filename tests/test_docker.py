@@ -1,6 +1,6 @@
 """The images, compose.yaml and manifests of docker/: valid by their schemas, and true to the program.
 
-They are not built or started here; tests/service/test_composed.py runs the same processes with these settings.
+They are not built or started here; tests/service/test_composed.py runs the same processes and settings.
 """
 
 from __future__ import annotations
