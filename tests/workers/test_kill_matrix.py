@@ -184,25 +184,29 @@ def test_random_moments_of_the_publication(up: Up, tmp_path: Path) -> None:
     """The work-horse dies at some moment between the first file of its result and the end of its job."""
     modules = {f"layers.{i}.q_proj": (1024, 1024) for i in range(4)}
     folder = write_adapter(tmp_path / "adapter", rank=64, modules=modules)
-    hits = 0
+    hits = tries = 0
     with up.client() as client:
         recipe = {"merge_method": "linear", "models": [{"model": push(client, folder, "kill/publish")}]}
-        for delay in (0.0, 0.01, 0.02):
+        while tries < 3 or (hits == 0 and tries < 12):  # the moment is short; now and then it is missed
             merge_id = str(client.submit(recipe, fresh=True)["id"])
-            until(lambda merge_id=merge_id: storing(up, merge_id), what="it stores its result")
-            horses = [pid for pid in [horse_or_none(up)] if pid]
-            time.sleep(delay)
-            for pid in horses:
-                os.kill(pid, signal.SIGKILL)
+            horse = until(lambda: horse_or_none(up), what="it runs")
+            storing(up, merge_id)
+            time.sleep(0.01 * (tries % 3))
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(horse, signal.SIGKILL)
             done = finished_once(up, client, merge_id, (1, 2))
             hits += done["attempts"] == 2
+            tries += 1
     assert hits >= 1
     nothing_in_hand(up)
 
 
-def storing(up: Up, merge_id: str) -> bool:
+def storing(up: Up, merge_id: str) -> None:
+    """Return as soon as a merge stores its result."""
+    deadline = time.monotonic() + 30
     with up.redis() as connection:
-        return connection.hget(f"mg:local:merge:{merge_id}", "phase") in (b"store", b"succeeded")
+        while connection.hget(f"mg:local:merge:{merge_id}", "phase") not in (b"store", b"succeeded"):
+            assert time.monotonic() < deadline
 
 
 def horse_or_none(up: Up) -> int | None:
