@@ -84,71 +84,60 @@ def merge(
     where = pick_device(device)
     steps = _Steps(progress)
     steps.say("prepare")
-    config = claimed(recipe, resolve or local_path)
+    out, find = Path(out_dir), resolve or local_path
+    whole: dict[str, Any] = {
+        "resolve": find,
+        "threads": threads or default_threads(),
+        "say": steps.set,
+        "overwrite": overwrite,
+        "shard_bytes": shard_bytes,
+    }
+
+    def adapter(inner: Recipe, folder: Path) -> dict[str, Any]:
+        options: dict[str, Any] = {"device": device, "threads": threads, "progress": progress}
+        return merge(inner, folder, resolve=resolve, checkpoint=checkpoint, **options).report
+
+    config = claimed(recipe, find)
     if config is not None:
-        digest, report, files = merge_config(
-            config[0],
-            Path(out_dir),
-            name=config[1],
-            resolve=resolve or local_path,
-            threads=threads or default_threads(),
-            say=steps.set,
-            overwrite=overwrite,
-            shard_bytes=shard_bytes,
-        )
+        digest, report, files = merge_config(config[0], out, name=config[1], **whole)
         steps.say("publish")
-        return MergeResult(Path(out_dir), digest, report, time.perf_counter() - started, files)
-    loaded = Recipe.load(recipe)
-    if wants_fusing(loaded, resolve or local_path):
-
-        def adapter(inner: Recipe, folder: Path) -> dict[str, Any]:
-            done = merge(
-                inner, folder, device=device, threads=threads, progress=progress, resolve=resolve,
-                checkpoint=checkpoint,
-            )  # fmt: skip
-            return done.report
-
+    elif wants_fusing(loaded := Recipe.load(recipe), find):
         digest, report, files = merge_fused(
-            loaded,
-            Path(out_dir),
-            merge_adapters=adapter,
-            resolve=resolve or local_path,
-            threads=threads or default_threads(),
-            say=steps.set,
-            overwrite=overwrite,
-            memory_budget=memory_budget,
-            shard_bytes=shard_bytes,
+            loaded, out, merge_adapters=adapter, memory_budget=memory_budget, **whole
         )
-        return MergeResult(Path(out_dir), digest, report, time.perf_counter() - started, files)
-    if wants_dense(loaded, resolve or local_path):
-        digest, report, files = merge_dense(
-            loaded,
-            Path(out_dir),
-            resolve=resolve or local_path,
-            threads=threads or default_threads(),
-            say=steps.set,
-            overwrite=overwrite,
-            memory_budget=memory_budget,
-            shard_bytes=shard_bytes,
-        )
+    elif wants_dense(loaded, find):
+        digest, report, files = merge_dense(loaded, out, memory_budget=memory_budget, **whole)
         steps.say("publish")
-        return MergeResult(Path(out_dir), digest, report, time.perf_counter() - started, files)
-    with ResultDirectory(Path(out_dir), overwrite=overwrite) as result:
-        with prepare(loaded, resolve=resolve) as prepared, execute.single_threaded():
-            try:
-                digest, report, files = _run(
-                    prepared, result.path, device=where, threads=threads, steps=steps, checkpoint=checkpoint
-                )
-            except (MemoryError, RuntimeError) as error:
-                if not out_of_memory(error):
-                    raise
-                raise MergeFailure(
-                    "out_of_memory",
-                    f"the merge does not fit into the memory of {where}",
-                    remedy="Use `device: cpu`, a smaller space, or a larger device.",
-                ) from error
-        steps.say("publish")
-    return MergeResult(Path(out_dir), digest, report, time.perf_counter() - started, files)
+    else:
+        with (
+            ResultDirectory(out, overwrite=overwrite) as result,
+            prepare(loaded, resolve=resolve) as prepared,
+        ):
+            digest, report, files = _adapters(prepared, result.path, where, threads, steps, checkpoint)
+            steps.say("publish")
+    return MergeResult(out, digest, report, time.perf_counter() - started, files)
+
+
+def _adapters(
+    prepared: Prepared,
+    folder: Path,
+    device: torch.device,
+    threads: int | None,
+    steps: _Steps,
+    checkpoint: Path | None,
+) -> tuple[str, dict[str, Any], dict[str, str]]:
+    """Merge adapters; the digest of the recipe, the report and the sha256 of every file."""
+    try:
+        with execute.single_threaded():
+            return _run(prepared, folder, device=device, threads=threads, steps=steps, checkpoint=checkpoint)
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        raise MergeFailure(
+            "out_of_memory",
+            f"the merge does not fit into the memory of {device}",
+            remedy="Use `device: cpu`, a smaller space, or a larger device.",
+        ) from error
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -9,14 +9,10 @@ from typing import Any
 from fastapi import Request
 from starlette.requests import ClientDisconnect
 
-from merging.formats.sniff import refuse_foreign
+from service.bodies import sniffed
 from service.deps import Services
 from service.errors import BadRequest, ServiceError, TooLarge
 from service.storage import Blob, DigestMismatch, StreamTooLong
-
-HEAD = 512
-"""So many bytes tell a pickle or an archive from weights."""
-_DRAIN = 64 << 20
 
 
 async def keep(
@@ -36,7 +32,7 @@ async def keep(
     """
     try:
         async with services.quota.grant(tenant, announced) as grant:
-            metered = grant.metered(_sniffed(chunks, name))
+            metered = grant.metered(sniffed(chunks, name))
             blob = await services.storage.put_stream(tenant, metered, limit=limit, expect=expect)
             grant.kept = blob.size if blob.new else 0
             return blob
@@ -50,35 +46,6 @@ async def keep(
         ) from error
     except ClientDisconnect as error:
         raise BadRequest("upload_interrupted", f"the upload of {name} broke off") from error
-
-
-async def _sniffed(chunks: AsyncIterator[bytes], name: str) -> AsyncIterator[bytes]:
-    head = b""
-    checked = False
-    async for chunk in chunks:
-        if checked:
-            yield chunk
-            continue
-        head += chunk
-        if len(head) >= HEAD:
-            refuse_foreign(head[:HEAD], name)
-            checked = True
-            yield head
-    if not checked:
-        refuse_foreign(head, name)
-        yield head
-
-
-async def drain(request: Request) -> None:
-    """Read on a little, because clients look for the answer only after they have sent everything."""
-    left = _DRAIN
-    try:
-        async for chunk in request.stream():
-            left -= len(chunk)
-            if left < 0:
-                return
-    except (ClientDisconnect, RuntimeError):  # gone, or read to its end before
-        return
 
 
 def parse(data: bytes) -> Any:

@@ -14,10 +14,11 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse
 
 from merging.errors import MergeError
+from service.bodies import drain
 from service.deps import Services, ServicesDep, TenantDep
 from service.errors import ServiceError
 from service.gates import BODY_LIMIT
-from service.hub.bodies import drain, json_object, keep
+from service.hub.bodies import json_object, keep
 from service.hub.errors import HubRoute
 from service.hub.writing import base_url, writable
 from service.problems import status_of

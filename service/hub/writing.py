@@ -14,12 +14,13 @@ from fastapi.responses import JSONResponse
 
 from merging.errors import MergeError
 from merging.formats.sniff import refuse_foreign
+from service.bodies import HEAD, drain
 from service.deps import Services, ServicesDep, TenantDep
 from service.documents import FileEntry, Manifest
 from service.errors import Conflict, Forbidden, ServiceError, TooLarge
 from service.gates import BODY_LIMIT, COMMIT_LIMIT
 from service.hub import policy
-from service.hub.bodies import HEAD, drain, json_object, keep
+from service.hub.bodies import json_object, keep
 from service.hub.changes import Change, not_uploaded
 from service.hub.errors import HubRoute, Missing, Outdated
 from service.hub.ndjson import CommitBody

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
 from typing import Annotated
 
 from fastapi import APIRouter, Header, Path, Query, Request, Response, status
@@ -10,7 +9,7 @@ from fastapi.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect
 
 from merging.errors import MergeError
-from merging.formats.sniff import refuse_foreign
+from service.bodies import drain, sniffed
 from service.content import promised_sha256, send
 from service.deps import Cursor, Limit, Services, ServicesDep, TenantDep
 from service.errors import BadRequest, NotFound, ServiceError, TooLarge
@@ -24,8 +23,6 @@ Ns = Annotated[str, Path(description="Namespace", max_length=96)]
 Name = Annotated[str, Path(description="Name of the model", max_length=96)]
 FilePath = Annotated[str, Path(description="Path of a file inside the model", max_length=255)]
 Rev = Annotated[str, Path(description="Revision", pattern=REVISION_PATTERN)]
-_HEAD = 512
-_DRAIN = 64 << 20
 _UNLIMITED = 1 << 62
 
 
@@ -57,7 +54,7 @@ async def put_file(
         check_path(path)
         blob = await _receive(request, services, tenant, path, promised_sha256(content_digest))
     except MergeError:
-        await _drain(request)
+        await drain(request)
         raise
     entry = await run_in_threadpool(services.registry.stage, tenant, model, path, blob)
     return StoredFile.model_validate(entry.model_dump())
@@ -76,7 +73,7 @@ async def _receive(request: Request, services: Services, tenant: str, path: str,
         if length.isdecimal() and int(length) > limit:
             raise StreamTooLong(limit)
         async with services.quota.grant(tenant, int(length) if length.isdecimal() else 0) as grant:
-            chunks = grant.metered(_sniffed(request, path))
+            chunks = grant.metered(sniffed(request.stream(), path))
             blob = await services.storage.put_stream(tenant, chunks, limit=limit, expect=expect)
             grant.kept = blob.size if blob.new else 0
             return blob
@@ -93,36 +90,6 @@ async def _receive(request: Request, services: Services, tenant: str, path: str,
         ) from error
     except ClientDisconnect as error:
         raise BadRequest("upload_interrupted", f"the upload of {path} broke off") from error
-
-
-async def _sniffed(request: Request, path: str) -> AsyncIterator[bytes]:
-    """The body, unless its first bytes show a pickle or an archive."""
-    head = b""
-    checked = False
-    async for chunk in request.stream():
-        if checked:
-            yield chunk
-            continue
-        head += chunk
-        if len(head) >= _HEAD:
-            refuse_foreign(head[:_HEAD], path)
-            checked = True
-            yield head
-    if not checked:
-        refuse_foreign(head, path)
-        yield head
-
-
-async def _drain(request: Request) -> None:
-    """Read on a little, because many clients look for the answer only after they have sent everything."""
-    left = _DRAIN
-    try:
-        async for chunk in request.stream():
-            left -= len(chunk)
-            if left < 0:
-                return
-    except (ClientDisconnect, RuntimeError):  # gone, or read to its end before
-        return
 
 
 @router.post("/{ns}/{name}/commit", status_code=status.HTTP_201_CREATED)

@@ -10,11 +10,11 @@ from fastapi.security import HTTPAuthorizationCredentials
 from starlette.requests import ClientDisconnect
 
 from merging.errors import MergeError
+from service.bodies import drain
 from service.content import promised_sha256
 from service.deps import Services, ServicesDep, TenantDep, bearer, demand, principal
 from service.errors import BadRequest, ServiceError
 from service.gates import BODY_LIMIT
-from service.hub.bodies import drain
 from service.schemas.uploads import CompleteRequest, ReceivedPart, UploadRequest, UploadSession
 from service.upload_sessions import UPLOAD_ID_PATTERN, Upload, entry, part_key
 

@@ -61,12 +61,13 @@ def test_a_started_job_leaves_the_intermediate_list_of_any_queue(
 
 
 def test_an_outage_of_redis_does_not_end_the_worker(
-    worker: MergeWorker, connection: redis.Redis, tmp_path: Path
+    worker: MergeWorker, connection: redis.Redis, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     job = queue(connection, "high").enqueue_call(TASK, job_id="j")
     execution = worker.prepare_execution(job)
     worker.connection = redis.Redis(unix_socket_path=str(tmp_path / "none.sock"), retry=None)
     worker.maintain_heartbeats(job, execution)
+    assert "heartbeat of j not delivered" in caplog.text
 
 
 def test_no_secret_is_on_the_command_line_of_the_work_horse(

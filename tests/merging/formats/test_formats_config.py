@@ -66,7 +66,8 @@ def test_a_byte_order_mark_is_accepted() -> None:
 
 @pytest.mark.parametrize("init", [True, False, None, "gaussian", "eva", "orthogonal", "mica"])
 def test_safe_initialisations_are_accepted(init: Any) -> None:
-    parse_adapter_config(json.dumps({"peft_type": "LORA", "init_lora_weights": init}).encode())
+    config = {"peft_type": "LORA", "r": 3, "init_lora_weights": init}
+    assert parse_adapter_config(json.dumps(config).encode()).r == 3
 
 
 def module(name: str, rank: int) -> ResultModule:
