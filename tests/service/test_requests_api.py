@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Semaphore
 from typing import Any
 
 import httpx
@@ -199,24 +200,33 @@ def test_the_outputs_of_tasks_have_addresses(client: Client, http: httpx.Client,
     assert http.get(f"{POST}/{done['id']}/tasks/none/{file}").status_code == 404
 
 
-def test_streams_of_one_process_share_a_connection(
-    up: Up, pair: Pair, http: httpx.Client, idle: None
-) -> None:
+def test_streams_of_one_process_share_a_reader(up: Up, pair: Pair, http: httpx.Client, idle: None) -> None:
+    """However many listen, one connection of the process waits for events."""
     merge_id = http.post(POST, json=pair.recipe()).json()["id"]
+    listening = Semaphore(0)
 
-    def connections() -> int:
+    def follow(many: httpx.Client) -> str:
+        with many.stream("GET", f"{POST}/{merge_id}/events") as answer:
+            lines = []
+            for line in answer.iter_lines():
+                if not lines:
+                    listening.release()
+                lines.append(line)
+        return "\n".join(lines)
+
+    def waiting() -> int:
         with up.redis() as redis:
-            return len(redis.client_list())
+            return sum(found["cmd"] == "xread" and "b" in found["flags"] for found in redis.client_list())
 
-    before = connections()
     with (
         ThreadPoolExecutor(30) as pool,
         httpx.Client(base_url=up.url, trust_env=False, timeout=60) as many,
     ):
-        follow = [pool.submit(many.get, f"{POST}/{merge_id}/events") for _ in range(30)]
-        time.sleep(2)
-        assert connections() - before < 10
+        told = [pool.submit(follow, many) for _ in range(30)]
+        assert all(listening.acquire(timeout=30) for _ in told)
+        seen = [(waiting(), time.sleep(0.02))[0] for _ in range(50)]
+        assert max(seen) == 1
         http.post(f"{POST}/{merge_id}/cancel")
-        texts = {future.result().text for future in follow}
+        texts = {future.result() for future in told}
     assert len(texts) == 1
     assert '"cancelled"' in texts.pop()
