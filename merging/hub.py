@@ -12,7 +12,7 @@ from pathlib import Path
 from merging.errors import InputError
 
 SCHEME = "hf://"
-PATTERNS = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jsonl")
+PATTERNS = ("*.safetensors", "*.json", "*.txt", "*.model", "*.model.v3", "*.spm", "*.jinja", "*.jsonl")
 _REFERENCE = re.compile(r"^hf://([A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95})(?:@([\w./-]{1,200}))?$")
 
 

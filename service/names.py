@@ -21,6 +21,10 @@ _SEGMENT = re.compile(r"^[A-Za-z0-9_][A-Za-z0-9_.=+-]{0,127}$")
 _RESERVED = (RESULTS, "api", "datasets", "models", "spaces", "v1")
 WEIGHTS = ".safetensors"
 _TEXTS = (".json", ".jsonl", ".md", ".txt", ".yaml", ".yml", ".jinja")
+_VOCABULARIES = (".model", ".spm", ".tiktoken")
+"""Tokenizers of SentencePiece and tiktoken: kept, passed on, and never opened."""
+_BARE = re.compile(r"^(LICEN[CS]E|NOTICE|COPYING|tokenizer\.model\.v\d+)$", re.IGNORECASE)
+"""Names without a suffix of their own that folders of models have."""
 TEXT_LIMIT = 64 << 20
 """Most bytes of a file that is not weights; the largest known ones are tokenizers."""
 
@@ -84,14 +88,15 @@ def check_path(path: str) -> str:
         raise InputError(
             "pickle_not_accepted",
             f"{path} has the suffix of a pickle, which can run code when it is loaded",
-            remedy="Convert it to safetensors on your own machine",
+            remedy="Convert it to safetensors on your own machine, or leave it out if these are there too",
             where=where,
         )
-    if not lower.endswith((WEIGHTS, *_TEXTS)):
+    accepted = (WEIGHTS, *_TEXTS, *_VOCABULARIES)
+    if not lower.endswith(accepted) and not _BARE.match(segments[-1]):
         raise ServiceError(
             "file_type_not_accepted",
             f"{path} has a type that is not accepted",
-            remedy=f"Upload {', '.join((WEIGHTS, *_TEXTS))} files only",
+            remedy=f"Leave it out: only {', '.join(accepted)} files and licences are taken",
             where=where,
         )
     return path

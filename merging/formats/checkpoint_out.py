@@ -18,9 +18,10 @@ from merging.formats.writer import TensorSpec, build_header
 
 COMPANIONS = (
     "added_tokens.json", "chat_template.jinja", "chat_template.json", "generation_config.json",
-    "merges.txt", "preprocessor_config.json", "processor_config.json", "sentencepiece.bpe.model",
-    "special_tokens_map.json", "spiece.model", "tokenizer.json", "tokenizer.model",
-    "tokenizer_config.json", "vocab.json", "vocab.txt",
+    "merges.txt", "normalizer.json", "preprocessor_config.json", "processor_config.json",
+    "sentencepiece.bpe.model", "sentencepiece.model", "source.spm", "special_tokens_map.json", "spiece.model",
+    "spm.model", "target.spm", "tekken.json", "tokenizer.json", "tokenizer.model", "tokenizer.model.v3",
+    "tokenizer_config.json", "video_preprocessor_config.json", "vocab.json", "vocab.txt",
 )  # fmt: skip
 """What is copied from the base beside ``config.json``; never code."""
 

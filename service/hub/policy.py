@@ -14,7 +14,8 @@ _REGULAR_TOTAL = 640 << 20
 _ALWAYS_REGULAR = 4 << 20
 _CLIENT = re.compile(r"\bhf_hub/(\d+)\.")
 _TRAINING_STATE = re.compile(
-    r"^(training_args\.bin|optimizer\.(pt|bin)|scheduler\.(pt|bin)|scaler\.pt|rng_state(_\d+)?\.pth)$"
+    r"^(training_args\.bin|optimizer\.(pt|bin)|scheduler\.(pt|bin)|scaler\.pt|rng_state(_\d+)?\.pth"
+    r"|events\.out\.tfevents\..*)$"
 )
 
 
@@ -56,7 +57,7 @@ def _version(user_agent: str) -> int | None:
 def ignored(path: str) -> bool:
     """Files that clients send along, that belong to no model, and that they are told to leave out.
 
-    Hidden files (``.gitattributes``), and what a training run needs to go on: those are pickles.
+    Hidden files (``.gitattributes``), what a training run needs to go on (those are pickles), and its log.
     """
     parts = path.split("/")
     return any(part.startswith(".") for part in parts) or bool(_TRAINING_STATE.match(parts[-1]))

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from merging.errors import InputError, MergeError, MergeFailure
+from merging.formats.checkpoint_out import COMPANIONS
 from service.remote.references import RemoteReference
 
 if TYPE_CHECKING:
@@ -138,7 +139,7 @@ def _chosen(files: list[RemoteFile], shown: str) -> tuple[RemoteFile, ...]:
         return top[_CONFIG], top[_WEIGHTS]
     whole = [path for path in weights if _WHOLE.match(path)]
     if whole and "config.json" in top:
-        texts = [path for path in sorted(top) if path.endswith(".json")]
+        texts = [path for path in sorted(top) if path.endswith(".json") or path in COMPANIONS]
         return tuple(top[path] for path in (*texts, *whole))
     if _PICKLE in top and not weights:
         raise InputError(

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from adapters import write_adapter
 
+from benchmarks.checkpoint_inputs import Shape, write_checkpoints
 from tests.running import Up, push, until
 
 CLOSED = "http://127.0.0.1:9/hf"
@@ -94,6 +95,21 @@ def test_models_of_another_hub_are_merged(near: Up, up: Up, far: tuple[Path, Pat
         near.http.get(weights.format(done["id"])).content[-400:]
         == (near.http.get(weights.format(same["id"])).content[-400:])
     )
+
+
+def test_a_whole_model_comes_with_its_tokenizer(near: Up, up: Up, tmp_path: Path) -> None:
+    shape = Shape(hidden=8, inner=8, heads=2, kv_heads=1, layers=1, vocab=16)
+    folders = write_checkpoints(tmp_path, shape, dtype="float32")[:2]
+    (folders[0] / "tokenizer.model").write_bytes(b"\n pieces")
+    (folders[0] / "merges.txt").write_text("a b\n")
+    with up.client() as client:
+        for folder in folders:
+            push(client, folder, f"far/whole-{folder.name}")
+    names = [f"hf://far/whole-{folder.name}" for folder in folders]
+    done = merge(near, names[1], base_model=names[0], output={"format": "checkpoint"})
+    assert done["state"] == "succeeded", done
+    files = {item["path"] for item in done["result"]["files"]}
+    assert {"tokenizer.model", "merges.txt", "tokenizer.json"} <= files
 
 
 def test_a_branch_that_moves_is_looked_up_each_time(near: Up, up: Up, tmp_path: Path) -> None:
