@@ -88,6 +88,15 @@ ACTIVE = "mg:active"
 UNSAVED = "mg:unsaved"
 """Set of ``tenant/merge`` of all merges that have ended but whose end is not in storage yet."""
 
+ENTERING = "mg:entering"
+"""Sorted set of ``tenant/merge`` by time (ms): merges that are being requested and not queued yet."""
+
+DELETED = "mg:deleted"
+"""Sorted set of ``tenant/merge`` by time (ms): merges that were deleted a moment ago."""
+
+PUSHES = "mg:pushes"
+"""Set of ``tenant/merge`` of all merges whose result is to be pushed to another hub, or is being pushed."""
+
 
 def merge_key(tenant: str, merge_id: str) -> str:
     """Hash: the record of one merge."""

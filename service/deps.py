@@ -34,6 +34,7 @@ from service.webhooks.deliver import Deliverer
 from service.webhooks.deliveries import Deliveries
 from service.webhooks.endpoints import Endpoints
 from service.webhooks.guard import Allowed
+from service.webhooks.outbox import Outbox
 
 _log = logging.getLogger("merganser.api")
 
@@ -115,7 +116,7 @@ class Services:
 
     def deliverer(self) -> Deliverer:
         """The loop that sends webhooks."""
-        return Deliverer(self.webhooks, self.deliveries, self.webhook_allowed)
+        return Deliverer(self.webhooks, self.deliveries, Outbox(self.storage), self.webhook_allowed)
 
     async def close(self) -> None:
         """Give the connections back."""

@@ -61,6 +61,11 @@ class Push(Document):
     asked: int = 1
     """How often it was asked for; each time has a job of its own."""
 
+    @property
+    def ended(self) -> bool:
+        """Whether it was done, or given up."""
+        return self.state in ("succeeded", "failed")
+
     def again(self, asked: int = 1) -> Push:
         """The same, to be done."""
         cleared: dict[str, Any] = {"state": "waiting", "commit": None, "error": None, "finished_at": None}
@@ -117,6 +122,11 @@ class MergeRecord(Document):
     def ended(self) -> bool:
         """Whether the state can no longer change."""
         return self.state in FINAL
+
+    @property
+    def push_owed(self) -> bool:
+        """Whether the result is there and still to be pushed."""
+        return self.result is not None and self.push is not None and not self.push.ended
 
 
 def revision_of(files: tuple[FileEntry, ...]) -> str:

@@ -7,6 +7,7 @@ seen from the merge itself, so a process that dies in between leaves no doubt.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import json
 import time
@@ -16,8 +17,9 @@ from typing import Any
 
 from redis.asyncio import Redis
 
-from service.broker import idempotency_key, text
-from service.errors import Conflict, ServiceError
+from merging.errors import MergeError
+from service.broker import TRANSIENT, idempotency_key, text
+from service.errors import Conflict, ServiceError, Unavailable
 from service.records import new_id
 
 KEPT_SECONDS = 24 * 3600
@@ -56,8 +58,9 @@ class Idempotency:
     ) -> tuple[str, bool]:
         """The id of the merge that came of this key, and whether an earlier request had made it.
 
-        ``work`` makes the merge with a given id, ``done`` tells whether there is one. When ``work`` fails,
-        the key is free again. Raises ``idempotency_key_reused``, ``idempotency_in_flight``.
+        ``work`` makes the merge with a given id, ``done`` tells whether there is one. When ``work`` refuses,
+        the key is free again; when it breaks off, the next request goes on with the same merge.
+        Raises ``idempotency_key_reused``, ``idempotency_in_flight``.
         """
         name = idempotency_key(tenant, hashlib.sha256(key.encode()).hexdigest())
         fingerprint = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
@@ -95,7 +98,12 @@ class Idempotency:
         merge_id: str = json.loads(entry)[1]
         try:
             await work(merge_id)
-        except BaseException:
-            await self._free(keys=[name], args=[entry])
+        except BaseException as error:
+            with contextlib.suppress(*TRANSIENT):
+                if isinstance(error, MergeError) and not isinstance(error, Unavailable):
+                    await self._free(keys=[name], args=[entry])
+                else:  # there may be a merge all the same, so the next one must go on with its id
+                    abandoned = json.dumps([json.loads(entry)[0], merge_id, 0])
+                    await self._take(keys=[name], args=[entry, abandoned, KEPT_SECONDS])
             raise
         return merge_id, False

@@ -1,7 +1,8 @@
 """Pushes of results to other hubs: a job of its own after the merge, which cannot harm the result.
 
 How far a push is stands in the record of its merge. Pushing the same result twice is harmless, so a job that
-was interrupted is simply run again.
+was interrupted is simply run again. Those that have not ended are listed; one whose job is nowhere is started
+again, and one whose job was given up has failed.
 """
 
 from __future__ import annotations
@@ -11,14 +12,18 @@ from rq import Queue, Retry
 from rq.job import JobStatus
 from rq.serializers import JSONSerializer
 
-from service.broker import NORMAL_QUEUE, PUSH_TASK, UNSAVED, merge_key, text
+from merging.errors import MergeFailure
+from service.broker import NORMAL_QUEUE, PUSH_TASK, PUSHES, UNSAVED, merge_key, text
+from service.clock import now
 from service.documents import MergeRecord, Push
 from service.errors import Conflict
 from service.jobs import MAX_RETRIES, Jobs
+from service.problems import describe
 
 _TIMEOUT_SECONDS = 6 * 3600
 _KEPT_SECONDS = 3600
 _ALIVE = (JobStatus.QUEUED, JobStatus.STARTED, JobStatus.DEFERRED, JobStatus.SCHEDULED)
+_GIVEN_UP = (JobStatus.FAILED, JobStatus.STOPPED, JobStatus.CANCELED)
 
 # Write the push into a record that is in Redis, and see to it that the record reaches the storage.
 _NOTE = """
@@ -74,8 +79,9 @@ class Pushes:
     def resume(self, record: MergeRecord) -> bool:
         """Start a push again that had not ended, unless its job is there; after Redis has lost everything."""
         push = record.push
-        if push is None or record.result is None or push.state not in ("waiting", "running"):
+        if push is None or not record.push_owed:
             return False
+        self._redis.sadd(PUSHES, f"{record.tenant}/{record.id}")
         if self._under_way(record.id, push):
             return False
         self._enqueue(record.tenant, record.id, push)
@@ -84,11 +90,41 @@ class Pushes:
     def note(self, record: MergeRecord, push: Push) -> None:
         """Write down how far a push is, in Redis while the record is there, and in storage."""
         tenant, merge_id = record.tenant, record.id
-        keys = [merge_key(tenant, merge_id), UNSAVED]
-        if self._write(keys=keys, args=[push.model_dump_json(), f"{tenant}/{merge_id}"]):
+        keys, member = [merge_key(tenant, merge_id), UNSAVED], f"{tenant}/{merge_id}"
+        if not push.ended:
+            self._redis.sadd(PUSHES, member)
+        if self._write(keys=keys, args=[push.model_dump_json(), member]):
             self._jobs.settle(tenant, merge_id)
         elif self._jobs.find(tenant, merge_id) is not None:  # not deleted meanwhile
-            self._jobs.save(record.model_copy(update={"push": push}))
+            self._jobs.save_end(record.model_copy(update={"push": push}))
+        if push.ended:
+            self._redis.srem(PUSHES, member)
+
+    def listed(self) -> list[tuple[MergeRecord, str]]:
+        """The records of all pushes that have not ended, and the id of the job that each should have."""
+        found = []
+        for tenant, merge_id in self._jobs.members(PUSHES):
+            record = self._jobs.find(tenant, merge_id)
+            if record is None or record.push is None or not record.push_owed:
+                self._redis.srem(PUSHES, f"{tenant}/{merge_id}")
+            else:
+                found.append((record, _job_id(merge_id, record.push)))
+        return found
+
+    def rescue(self, record: MergeRecord) -> None:
+        """Start a push again whose job is nowhere, or let it fail when its job was given up."""
+        push = record.push
+        assert push is not None
+        if self._status(record.id, push) not in _GIVEN_UP:
+            self._enqueue(record.tenant, record.id, push)
+            return
+        error = MergeFailure(
+            "worker_lost",
+            f"none of the attempts to push the result to {push.repo} came to an end",
+            remedy="Push it again; the result is as it was",
+        )
+        failed = {"state": "failed", "error": describe(error), "finished_at": now()}
+        self.note(record, push.model_copy(update=failed))
 
     def _enqueue(self, tenant: str, merge_id: str, push: Push) -> None:
         self._queue.enqueue_call(
@@ -104,10 +140,11 @@ class Pushes:
 
     def _under_way(self, merge_id: str, push: Push) -> bool:
         """Whether a push has not ended and will end; one whose job was given up is not under way."""
-        if push.state in ("succeeded", "failed"):
-            return False
+        return not push.ended and self._status(merge_id, push) in _ALIVE
+
+    def _status(self, merge_id: str, push: Push) -> str | None:
         status = self._redis.hget(f"rq:job:{_job_id(merge_id, push)}", "status")
-        return status is not None and text(status) in _ALIVE
+        return None if status is None else text(status)
 
 
 def _job_id(merge_id: str, push: Push) -> str:

@@ -1,9 +1,9 @@
 """Rebuild Redis from the storage: models, revisions, merges, results to reuse, what each tenant stores.
 
 Idempotent, and safe beside a running service: what Redis knows is newer and stays. Merges that had not ended
-are queued again, and so are pushes. Lost for good are uploads that were not committed, Idempotency-Keys,
-counts for metrics, messages of webhooks that were still to be sent, and the cancellation of a merge whose
-end was not in storage yet.
+are queued again, and so are pushes and messages of webhooks, whose attempts are counted anew. Lost for good
+are uploads that were not committed, Idempotency-Keys, counts for metrics, the log of deliveries, and the
+cancellation of a merge whose end was not in storage yet.
 """
 
 from __future__ import annotations
@@ -24,6 +24,9 @@ from service.pushes import Pushes
 from service.quota import Reservations
 from service.storage import Storage
 from service.storage.blobs import BLOBS
+from service.webhooks.deliveries import Deliveries
+from service.webhooks.outbox import FOLDER as OUTBOX
+from service.webhooks.outbox import Outbox
 
 INDEXED = "mg:indexed"
 """String: when the index was last built. Not there: Redis is new, or has lost everything."""
@@ -53,6 +56,8 @@ class Reindexer:
         self._redis = connection
         self._jobs = Jobs(connection, storage)
         self._pushes = Pushes(connection, self._jobs)
+        self._deliveries = Deliveries(connection)
+        self._outbox = Outbox(storage)
         self._counters = Reservations(connection, 0)
         self._done = Reindexed()
 
@@ -65,11 +70,13 @@ class Reindexer:
         if not self._redis.set(_LOCK, now(), nx=True, ex=_LOCK_SECONDS):
             return None
         try:
-            names = {name for prefix in (BLOBS, "models", "merges") for name in self._storage.folders(prefix)}
+            folders = (BLOBS, "models", "merges", OUTBOX)
+            names = {name for prefix in folders for name in self._storage.folders(prefix)}
             for tenant in sorted(names):
                 self._redis.expire(_LOCK, _LOCK_SECONDS)
                 self._models(tenant)
                 results = self._merges(tenant)
+                self._messages(tenant)
                 blobs = sum(size for _, size in self._storage.keys(f"{BLOBS}/{tenant}"))
                 self._done.size[tenant] = blobs + results
                 self._counters.correct(tenant, blobs + results)
@@ -119,6 +126,12 @@ class Reindexer:
                 self._done.queued.append(record.id)
         self._drop_deleted(tenant, ended)
         return stored
+
+    def _messages(self, tenant: str) -> None:
+        """Let messages be sent whose arrival nobody has noted."""
+        for endpoint_id, message in self._outbox.every(tenant):
+            if self._deliveries.add(tenant, endpoint_id, message):
+                self._done.found["messages"] += 1
 
     def _enter(self, record: MergeRecord) -> None:
         score = millis(record.created_at)

@@ -113,3 +113,18 @@ event('state', ARGV[4])
 return 'moved'
 """
 )
+
+# Keys: the record, the set of unsaved merges. ARGV: tenant/merge, the push as it was saved ('' if there is
+# none). The end is in storage; if the push has moved on since, it is to be saved once more.
+# Answers whether the end is to be counted, which it is once.
+SETTLED = f"""
+local state, push = unpack(redis.call('HMGET', KEYS[1], 'state', 'push'))
+if (push or '') == ARGV[2] or not state then
+  redis.call('SREM', KEYS[2], ARGV[1])
+else
+  redis.call('SADD', KEYS[2], ARGV[1])
+end
+if not state then return 0 end
+redis.call('EXPIRE', KEYS[1], {ENDED_SECONDS})
+return redis.call('HSETNX', KEYS[1], 'counted', '1')
+"""

@@ -6,6 +6,7 @@ import logging
 from pathlib import Path
 
 import redis
+from rq import get_current_job
 from rq.timeouts import JobTimeoutException
 
 from merging.errors import MergeError, MergeFailure
@@ -34,7 +35,7 @@ def run_push(tenant: str, merge_id: str) -> None:
     jobs = Jobs(connection, storage)
     pushes = Pushes(connection, jobs)
     record = jobs.find(tenant, merge_id)
-    if record is None or record.push is None or record.push.state in ("succeeded", "failed"):
+    if record is None or record.push is None or record.push.ended:
         return
     request_id.set(record.request_id)
     pushes.note(record, record.push.model_copy(update={"state": "running"}))
@@ -45,11 +46,17 @@ def run_push(tenant: str, merge_id: str) -> None:
 
 def _outcome(record: MergeRecord, push: Push, storage: Storage, settings: Settings) -> Push:
     """The push as it ended. What may be different next time is raised, for RQ's retry."""
+    failure: MergeError
     try:
         with scratch(settings.scratch_dir) as folder:
             commit = _send(record, push, storage, Hubs.of(settings), folder / "result")
-    except (Unavailable, *TRANSIENT):
+    except TRANSIENT:
         raise
+    except Unavailable as error:
+        job = get_current_job()
+        if job is not None and job.retries_left:
+            raise
+        failure = error
     except MergeError as error:
         failure = error
     except JobTimeoutException:

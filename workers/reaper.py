@@ -23,6 +23,7 @@ from service.broker import ACTIVE, QUEUES, UNSAVED, merge_key, merge_of_job, tex
 from service.clock import millis
 from service.jobs import MAX_RETRIES, Jobs
 from service.problems import describe
+from service.pushes import Pushes
 from workers.job import MergeJob
 from workers.queue import ReliableQueue
 
@@ -46,6 +47,7 @@ class Reaper:
     def __init__(self, connection: redis.Redis, jobs: Jobs) -> None:
         self._redis = connection
         self._jobs = jobs
+        self._pushes = Pushes(connection, jobs)
         self._queues = [
             ReliableQueue(name, connection=connection, job_class=MergeJob, serializer=JSONSerializer)
             for name in QUEUES
@@ -54,7 +56,7 @@ class Reaper:
         self._seen: dict[tuple[str, str], float] = {}
 
     def sweep(self) -> None:
-        """One round: expired executions, jobs stuck on the way, records without a job, unsaved ends."""
+        """One round: expired executions, jobs stuck on the way, records without a job, what was half done."""
         overdue = self._overdue()
         for queue in self._queues:
             self._registry(queue).cleanup()  # a job whose worker fell silent is queued again
@@ -65,8 +67,12 @@ class Reaper:
                     self._put_back(keys=[queue.intermediate_queue_key, queue.key], args=[job_id])
         self._enforce_cancellations()
         self._settle_orphans(overdue)
+        self._rescue_pushes(overdue)
         for tenant, merge_id in self._jobs.members(UNSAVED):
             self._jobs.settle(tenant, merge_id)
+        for merge_id in self._jobs.complete_entries():
+            _log.warning("queued %s, which was requested from a process that died", merge_id)
+        self._jobs.complete_deletions()
         overdue.forget_others()
 
     def free(self, worker_name: str, *, blameless: bool = False) -> None:
@@ -123,10 +129,7 @@ class Reaper:
         active = self._jobs.members(ACTIVE)
         if not active:
             return
-        known: dict[str, bool] = {}
-        for queue in self._queues:
-            for found in (queue.get_job_ids(), self._intermediate(queue), self._live(queue)):
-                known.update((merge_of_job(job_id), True) for job_id in found)
+        known = {merge_of_job(job_id) for job_id in self._everywhere()}
         for tenant, merge_id in active:
             if merge_id in known or not overdue("", merge_id):
                 continue
@@ -140,6 +143,24 @@ class Reaper:
             else:
                 _log.warning("queued %s again: nobody had its job", merge_id)
                 self._jobs.push(record)
+
+    def _rescue_pushes(self, overdue: _Overdue) -> None:
+        """Pushes whose job is nowhere: start them again, or let them fail."""
+        pushes = self._pushes.listed()
+        known = self._everywhere() if pushes else set()
+        for record, job_id in pushes:
+            if job_id not in known and overdue("push", job_id):
+                _log.warning("nobody had the job of the push of %s", record.id)
+                self._pushes.rescue(record)
+
+    def _everywhere(self) -> set[str]:
+        """All jobs that wait, are on their way or in the hands of a worker."""
+        return {
+            job_id
+            for queue in self._queues
+            for found in (queue.get_job_ids(), self._intermediate(queue), self._live(queue))
+            for job_id in found
+        }
 
     def _gave_up(self, merge_id: str) -> bool:
         status = self._redis.hget(MergeJob.key_for(merge_id), "status")

@@ -84,7 +84,7 @@ def ping_webhook(services: ServicesDep, tenant: TenantDep, webhook_id: WebhookId
     """Send an endpoint a message of the type `webhook.ping`."""
     endpoint = services.webhooks.get(tenant, webhook_id)
     message = ping(endpoint)
-    services.deliveries.add(endpoint, message)
+    services.deliveries.add(tenant, endpoint.id, message)
     return services.deliveries.get(tenant, webhook_id, message.id)
 
 

@@ -18,9 +18,10 @@ from service.broker import TRANSIENT
 from service.clock import now
 from service.errors import Unavailable
 from service.logs import event
-from service.webhooks.deliveries import Attempt, Deliveries, Delivery
+from service.webhooks.deliveries import Attempt, Deliveries, Delivery, DeliveryState
 from service.webhooks.endpoints import Endpoint, Endpoints
 from service.webhooks.guard import Allowed, Refused, resolve
+from service.webhooks.outbox import Outbox
 from service.webhooks.sign import headers
 
 SCHEDULE = (5.0, 300.0, 1800.0, 7200.0, 18000.0, 36000.0)
@@ -52,6 +53,7 @@ class Deliverer:
         self,
         endpoints: Endpoints,
         deliveries: Deliveries,
+        outbox: Outbox,
         allowed: Allowed,
         *,
         schedule: tuple[float, ...] = SCHEDULE,
@@ -61,6 +63,7 @@ class Deliverer:
     ) -> None:
         self._endpoints = endpoints
         self._deliveries = deliveries
+        self._outbox = outbox
         self._allowed = allowed
         self._schedule = schedule
         self._seconds = seconds
@@ -110,7 +113,7 @@ class Deliverer:
                 return
             endpoint = await asyncio.to_thread(self._endpoints.find, tenant, endpoint_id)
             if endpoint is None or endpoint.disabled_at is not None:
-                await asyncio.to_thread(self._deliveries.note, tenant, delivery, "dropped")
+                await asyncio.to_thread(self._end, tenant, delivery, "dropped")
                 return
             secret = await asyncio.to_thread(self._endpoints.secret_of, endpoint)
             moment, started = now(), time.perf_counter()
@@ -135,9 +138,9 @@ class Deliverer:
             status=last.status,
         )
         if last.error is None:
-            self._deliveries.note(tenant, delivery, "delivered")
+            self._end(tenant, delivery, "delivered")
         elif last.status == _GONE or count > len(self._schedule):
-            self._deliveries.note(tenant, delivery, "failed")
+            self._end(tenant, delivery, "failed")
             reason = (
                 "it answered 410 Gone" if last.status == _GONE else f"{count} attempts failed: {last.error}"
             )
@@ -146,6 +149,10 @@ class Deliverer:
             pause = self._schedule[count - 1] * (1 + _JITTER * (2 * self._chance() - 1))
             due = int((time.time() + pause) * 1000)
             self._deliveries.note(tenant, delivery, "pending", next_millis=due)
+
+    def _end(self, tenant: str, delivery: Delivery, state: DeliveryState) -> None:
+        self._deliveries.note(tenant, delivery, state)
+        self._outbox.drop(tenant, delivery.id)
 
     async def _send(self, http: httpx.AsyncClient, url: str, secret: str, delivery: Delivery) -> _Answer:
         """Send a message once, to the address that was checked."""

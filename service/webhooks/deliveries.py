@@ -20,8 +20,9 @@ from service.documents import MergeRecord
 from service.errors import NotFound
 from service.paging import page
 from service.storage import Storage
-from service.webhooks.endpoints import Endpoint, Endpoints
+from service.webhooks.endpoints import Endpoints
 from service.webhooks.messages import Message, of_end
+from service.webhooks.outbox import Outbox
 
 DUE = "mg:webhooks:due"
 """Sorted set of ``tenant/endpoint/message`` by the time it is due, in ms."""
@@ -97,18 +98,18 @@ class Deliveries:
         self._claim = connection.register_script(_CLAIM)
         self._note = connection.register_script(_NOTE)
 
-    def add(self, endpoint: Endpoint, message: Message) -> bool:
+    def add(self, tenant: str, endpoint_id: str, message: Message) -> bool:
         """Let a message be sent; whether it is a new one."""
-        tenant, moment = endpoint.tenant, _millis()
+        moment = _millis()
         document = {
             "id": message.id,
-            "webhook": endpoint.id,
+            "webhook": endpoint_id,
             "type": message.kind,
             "created_at": now(),
             "body": message.body,
         }
-        keys = [_message_key(tenant, message.id), _log_key(tenant, endpoint.id), DUE]
-        member = f"{tenant}/{endpoint.id}/{message.id}"
+        keys = [_message_key(tenant, message.id), _log_key(tenant, endpoint_id), DUE]
+        member = f"{tenant}/{endpoint_id}/{message.id}"
         arguments: list[str | int] = [
             message.id,
             json.dumps(document),
@@ -185,9 +186,13 @@ class Deliveries:
 
 def announce(connection: redis.Redis, storage: Storage, record: MergeRecord) -> None:
     """Let everyone be told who wants to hear of the end of a merge. Safe to repeat."""
-    deliveries = Deliveries(connection)
+    deliveries, outbox = Deliveries(connection), Outbox(storage)
     for endpoint in Endpoints(storage).concerned(record):
-        deliveries.add(endpoint, of_end(record, endpoint))
+        message = of_end(record, endpoint)
+        known = deliveries.find(record.tenant, message.id)
+        if known is None or known.state == "pending":
+            outbox.put(record.tenant, endpoint.id, message)
+            deliveries.add(record.tenant, endpoint.id, message)
 
 
 def _millis() -> int:

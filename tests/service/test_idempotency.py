@@ -14,6 +14,7 @@ from service import idempotency
 from service.embedded_redis import EmbeddedRedis
 from service.errors import ServiceError
 from service.idempotency import Idempotency, InFlight
+from service.storage import StorageUnavailable
 
 
 class Died(BaseException):
@@ -94,10 +95,15 @@ def test_while_the_first_takes_long_the_second_is_told_so(
 def test_a_process_that_died_before_or_after_the_work_leaves_one_merge(
     redis_server: EmbeddedRedis, connection: redis.Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(idempotency, "_FREE", "return 0")  # a dead process frees nothing
     monkeypatch.setattr(idempotency, "_WORK_SECONDS", 0.1)
 
     async def act(keys: Idempotency, merges: Merges) -> None:
+        async def nothing(**_: object) -> int:  # a dead process frees nothing and says nothing
+            return 0
+
+        dead = Idempotency(keys._redis)
+        dead._free = dead._take = nothing  # type: ignore[assignment]
+
         async def die_before(_: str) -> None:
             raise Died
 
@@ -108,10 +114,31 @@ def test_a_process_that_died_before_or_after_the_work_leaves_one_merge(
         for name, work in (("before", die_before), ("after", die_after)):
             merges.made.clear()
             with contextlib.suppress(Died):
-                await keys.once("a", name, {}, work, merges.done)
+                await dead.once("a", name, {}, work, merges.done)
             tries = [keys.once("a", name, {}, merges.work, merges.done) for _ in range(5)]
             found = await asyncio.gather(*tries)
             assert len(merges.made) == 1
             assert {merge_id for merge_id, _ in found} == set(merges.made)
+
+    run(redis_server, act)
+
+
+def test_after_an_outage_or_an_abort_the_next_request_goes_on_with_the_same_merge(
+    redis_server: EmbeddedRedis, connection: redis.Redis
+) -> None:
+    """The first one may have made its merge all the same, so a second id would make two of one."""
+
+    async def act(keys: Idempotency, merges: Merges) -> None:
+        for error in (redis.ConnectionError(), StorageUnavailable("x", "x"), asyncio.CancelledError()):
+            tried: list[str] = []
+
+            async def fail(merge_id: str, error: BaseException = error, tried: list[str] = tried) -> None:
+                tried.append(merge_id)
+                raise error
+
+            with pytest.raises(type(error)):
+                await keys.once("a", repr(error), {}, fail, merges.done)
+            assert await keys.once("a", repr(error), {}, merges.work, merges.done) == (tried[0], False)
+            assert await keys.once("a", repr(error), {}, fail, merges.done) == (tried[0], True)
 
     run(redis_server, act)

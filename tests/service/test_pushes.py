@@ -6,11 +6,13 @@ import pytest
 import redis
 from rq.job import JobStatus
 
-from service.broker import NORMAL_QUEUE, merge_key, text
+from service import tally
+from service.broker import NORMAL_QUEUE, PUSHES, merge_key, text
 from service.documents import FileEntry, MergeRecord, MergeResult, Push, record_key
 from service.errors import Conflict, NotFound
 from service.jobs import Jobs
 from service.pushes import Pushes
+from service.quota import Reservations
 from service.reindex import Reindexer
 from service.storage import Storage
 from tests.redis_server import RECIPE
@@ -130,3 +132,28 @@ def test_a_wiped_redis_forgets_no_push(
     for _ in range(2):
         Reindexer(storage, connection).run()
     assert queued(connection) == [f"push_{broken.id[4:]}_1"]
+
+
+def test_its_steps_are_not_counted_as_ends_of_the_merge(
+    jobs: Jobs, connection: redis.Redis, pushes: Pushes
+) -> None:
+    record = ended(jobs)
+    for state in ("running", "succeeded"):
+        pushes.note(record, PUSH.model_copy(update={"state": state}))
+    assert tally.read(connection)["ended", "linear", "succeeded"] == 1
+    assert Reservations(connection, 0).used("t") == "1"
+
+
+def test_it_is_listed_until_it_has_ended(jobs: Jobs, connection: redis.Redis, pushes: Pushes) -> None:
+    record, gone = ended(jobs), ended(jobs)
+    ended(jobs, None)
+    assert len(pushes.listed()) == 2, "from the moment of the result, whoever should have started it"
+    jobs.delete("t", gone.id)
+    assert [(found.id, job_id) for found, job_id in pushes.listed()] == [
+        (record.id, f"push_{record.id[4:]}_1")
+    ]
+    connection.delete(merge_key("t", record.id))  # after a week
+    pushes.note(record, PUSH.model_copy(update={"state": "running"}))
+    assert len(pushes.listed()) == 1
+    pushes.note(record, PUSH.model_copy(update={"state": "failed"}))
+    assert jobs.members(PUSHES) == []

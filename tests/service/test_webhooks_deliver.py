@@ -20,6 +20,7 @@ from standardwebhooks import Webhook, WebhookVerificationError
 from service.clock import millis
 from service.documents import MergeRecord
 from service.jobs import Jobs
+from service.reindex import Reindexer
 from service.schemas.webhooks import MergeEnded, WebhookPing
 from service.storage import Storage
 from service.webhooks.deliver import SCHEDULE, Deliverer
@@ -27,6 +28,7 @@ from service.webhooks.deliveries import DUE, LEASE_MILLIS, Deliveries, Delivery,
 from service.webhooks.endpoints import Endpoint, Endpoints
 from service.webhooks.guard import Allowed
 from service.webhooks.messages import of_end, ping
+from service.webhooks.outbox import Outbox
 from service.webhooks.sign import check_secret, headers, new_secret
 from tests.redis_server import RECIPE
 from tests.running import until
@@ -66,7 +68,9 @@ def sending(
     """The loop runs meanwhile, in a thread of its own."""
     loop = asyncio.new_event_loop()
     stop = asyncio.Event()
-    deliverer = Deliverer(endpoints, deliveries, allowed, **{"schedule": QUICK, **more})
+    deliverer = Deliverer(
+        endpoints, deliveries, Outbox(endpoints._storage), allowed, **{"schedule": QUICK, **more}
+    )
     thread = threading.Thread(target=loop.run_until_complete, args=(deliverer.run(stop),))
     thread.start()
     try:
@@ -97,7 +101,7 @@ def send(
     """Send a ping to a URL; what came of it."""
     endpoint = endpoints.create("acme", url)
     message = ping(endpoint)
-    deliveries.add(endpoint, message)
+    deliveries.add(endpoint.tenant, endpoint.id, message)
     if then is not None:
         then(endpoint)
     with sending(endpoints, deliveries, **more):
@@ -305,7 +309,7 @@ class TestSending:
         with receiver(lambda handler: (release.wait(20), None)[1]) as slow, receiver() as quick:
             endpoint = endpoints.create("acme", slow.url)
             for _ in range(100):
-                deliveries.add(endpoint, ping(endpoint))
+                deliveries.add(endpoint.tenant, endpoint.id, ping(endpoint))
                 time.sleep(0.001)  # a ping is named by its time
             delivery = send(endpoints, deliveries, quick.url, seconds=8.0)
             release.set()
@@ -320,7 +324,7 @@ class TestNothingIsLost:
         with receiver() as there:
             endpoint = endpoints.create("acme", there.url)
             message = ping(endpoint)
-            deliveries.add(endpoint, message)
+            deliveries.add(endpoint.tenant, endpoint.id, message)
             now = int(time.time() * 1000)
             assert deliveries.claim(5) == [("acme", endpoint.id, message.id)]
             assert deliveries.claim(5) == []  # while it is leased
@@ -336,7 +340,7 @@ class TestNothingIsLost:
         release = threading.Event()
         with receiver(lambda handler: (release.wait(20), None)[1]) as there:
             endpoint = endpoints.create("acme", there.url)
-            deliveries.add(endpoint, ping(endpoint))
+            deliveries.add(endpoint.tenant, endpoint.id, ping(endpoint))
             with sending(endpoints, deliveries):
                 until(lambda: there.received, what="the message arrives")
             assert connection.zcard(DUE) == 1
@@ -353,7 +357,7 @@ class TestNothingIsLost:
         with receiver(status(500)) as there:
             endpoint = endpoints.create("acme", there.url)
             message = ping(endpoint)
-            deliveries.add(endpoint, message)
+            deliveries.add(endpoint.tenant, endpoint.id, message)
             with sending(endpoints, deliveries, schedule=(1000.0,), chance=lambda: chance):
                 until(lambda: deliveries.get("acme", endpoint.id, message.id).attempts, what="an attempt")
         delivery = deliveries.get("acme", endpoint.id, message.id)
@@ -395,3 +399,38 @@ class TestNothingIsLost:
         assert (new.url, new.secret, new.merge) == (old.url, old.secret, again.id)
         jobs.delete("acme", record.id)
         assert endpoints.find("acme", old.id) is None
+
+    def test_a_wiped_redis_loses_no_message_that_was_not_confirmed(
+        self,
+        endpoints: Endpoints,
+        deliveries: Deliveries,
+        connection: redis.Redis,
+        jobs: Jobs,
+        storage: Storage,
+    ) -> None:
+        with receiver(in_turn(status(500), status(204))) as there:
+            endpoints.create("acme", there.url)
+            jobs.cancel("acme", jobs.create("acme", RECIPE).id)
+            [(_, _, message_id)] = deliveries.claim(1)
+            connection.flushall()
+            for found in (1, 0):
+                reindexed = Reindexer(storage, connection).run()
+                assert reindexed is not None
+                assert reindexed.found["messages"] == found, "what waits already is not sent twice"
+            with sending(endpoints, deliveries):
+                assert len(outcome(deliveries, message_id, "delivered").attempts) == 2
+                until(lambda: not list(storage.keys("webhook-outbox")), what="nothing is left to send")
+            connection.flushall()
+            again = Reindexer(storage, connection).run()
+            assert again is not None
+            assert again.found["messages"] == 0
+        assert {request[0]["webhook-id"] for request in there.received} == {message_id}
+
+    def test_who_registers_after_an_end_is_not_told_of_it(
+        self, endpoints: Endpoints, deliveries: Deliveries, jobs: Jobs
+    ) -> None:
+        record = jobs.create("acme", RECIPE)
+        jobs.cancel("acme", record.id)
+        endpoints.create("acme", "https://late.example/")
+        jobs.settle("acme", record.id)
+        assert deliveries.claim(1) == []

@@ -7,8 +7,11 @@ import time
 import pytest
 import redis
 
-from service.broker import ACTIVE, NORMAL_QUEUE
+from service.broker import ACTIVE, NORMAL_QUEUE, PUSHES
+from service.documents import MergeRecord, MergeResult, Push
 from service.jobs import Jobs
+from service.pushes import Pushes
+from service.records import new_record
 from tests.redis_server import RECIPE, dequeue
 from workers import reaper
 from workers.worker import MergeWorker
@@ -153,3 +156,57 @@ def test_a_lost_job_returns_to_the_queue_of_its_priority(
     connection.delete("rq:queue:merges-high", f"rq:job:{merge.id}")
     lost.sweep()
     assert connection.lrange("rq:queue:merges-high", 0, -1) == [merge.id.encode()]
+
+
+def with_push(jobs: Jobs) -> MergeRecord:
+    """A merge with a result that is to be pushed."""
+    merge = jobs.create("t", RECIPE, push=Push(repo="org/name", endpoint="https://hub.example"))
+    connection = jobs._redis
+    connection.delete("rq:queue:merges", f"rq:job:{merge.id}")
+    jobs.claim("t", merge.id, "one")
+    jobs.publish("t", merge.id, MergeResult(attempt="one", recipe_digest="d", seconds=1.0, files=()))
+    return jobs.get("t", merge.id)
+
+
+def test_a_push_that_nobody_started_is_started(connection: redis.Redis, jobs: Jobs, lost: Lost) -> None:
+    merge = with_push(jobs)
+    for _ in range(3):
+        lost.sweep()
+    assert connection.lrange(f"rq:queue:{NORMAL_QUEUE}", 0, -1) == [f"push_{merge.id[4:]}_1".encode()]
+
+
+def test_a_push_that_kills_every_worker_fails_and_can_be_repeated(
+    connection: redis.Redis, jobs: Jobs, lost: Lost
+) -> None:
+    merge = with_push(jobs)
+    pushes = Pushes(connection, jobs)
+    pushes.start_waiting("t", merge.id)
+    for attempt in range(6):
+        started(connection)
+        assert merge.push is not None
+        pushes.note(merge, merge.push.model_copy(update={"state": "running"}))
+        lost.sweep()
+        assert connection.llen("rq:queue:merges") == 0, f"attempt {attempt} is in the hands of a worker"
+        reaper.Reaper(connection, jobs).free("w")
+    lost.sweep()
+    done = jobs.get("t", merge.id)
+    assert done.state == "succeeded"
+    assert done.push is not None
+    assert (done.push.state, done.push.error and done.push.error["code"]) == ("failed", "worker_lost")
+    assert jobs.members(PUSHES) == []
+    assert connection.llen("rq:queue:merges") == 0
+    again = pushes.ask("t", merge.id, None).push
+    assert again is not None
+    assert (again.state, again.asked) == ("waiting", 2)
+    assert connection.llen("rq:queue:merges") == 1
+
+
+def test_what_a_dead_api_saved_is_queued(
+    connection: redis.Redis, jobs: Jobs, lost: Lost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("service.jobs._ENTRY_SECONDS", 0.0)
+    record = new_record("t", RECIPE)
+    jobs.note_entry(record)
+    jobs.save(record)
+    lost.sweep()
+    assert connection.lrange("rq:queue:merges", 0, -1) == [record.id.encode()]
