@@ -74,9 +74,21 @@ class Reservations:
         self._settle = connection.register_script(_SETTLE)
         self._correct = connection.register_script(_CORRECT)
 
-    def reserve(self, tenant: str, name: str, size: int) -> bool:
-        """Count bytes under a name, if there is room; a name that holds some already keeps them."""
-        return bool(self._reserve(keys=_keys(tenant), args=[name, size, self._limit, 0]))
+    def reserve(self, tenant: str, name: str, size: int, *, lease: bool = False) -> bool:
+        """Count bytes under a name, if there is room; a name that holds some already keeps them.
+
+        A ``lease`` ends by itself, some time after it was taken or renewed.
+        """
+        seconds = LEASE_SECONDS if lease else 0
+        return bool(self._reserve(keys=_keys(tenant), args=[name, size, self._limit, seconds]))
+
+    def reserve_result(self, tenant: str, merge_id: str, size: int) -> None:
+        """Count the result of a merge that is about to be stored; again renews that.
+
+        Raises ``quota_exceeded``.
+        """
+        if not self.reserve(tenant, merge_id, size, lease=True):
+            raise _exceeded(f"the result, {size} bytes, does not fit into what this tenant may store")
 
     def settle(self, tenant: str, name: str, *, kept: int) -> None:
         """Give back what a name holds, but for the ``kept`` bytes that were stored."""
@@ -91,10 +103,13 @@ class Reservations:
         """Set the counter to what is stored, unless it is no longer as it was ``seen``."""
         return bool(self._correct(keys=_keys(tenant), args=[seen, stored]))
 
-    def demand_any(self, tenant: str) -> None:
-        """Raise ``quota_exceeded`` if a tenant has no room left at all."""
-        if int(self.used(tenant) or 0) >= self._limit:
+    def demand(self, tenant: str, size: int = 1) -> None:
+        """Raise ``quota_exceeded`` if a tenant has no room for a result of so many bytes."""
+        left = self._limit - int(self.used(tenant) or 0)
+        if left <= 0:
             raise _exceeded("this tenant stores as much as it may already")
+        if size > left:
+            raise _exceeded(f"the result, up to {size} bytes, does not fit into what this tenant may store")
 
 
 class Quota:

@@ -59,7 +59,7 @@ class Settings(BaseSettings):
     direct_uploads: bool = False
     """Whether clients send parts straight to the bucket, whose address they must then reach."""
     min_free_bytes: int = Field(default=2 * GIB, ge=0)
-    """What uploads leave free on the disk of a storage folder."""
+    """What is left free on the disks of a storage folder and of work in progress."""
     results_days: float = Field(default=0, ge=0)
     """Merges are deleted so many days after their end, with their results; 0: never."""
     collect_hours: float = Field(default=24, ge=0)

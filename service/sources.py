@@ -155,7 +155,11 @@ class Sources:
 
     def bring(self, recipe: Recipe, folder: Path, tick: Callable[[str], None]) -> Imported:
         """Download what lies on other hubs; for workers, never for requests. See :func:`imports.bring`."""
-        return bring(recipe, self._hubs, folder, limit=self._import_limit, tick=tick)
+
+        def demand(size: int) -> None:
+            self._storage.demand_scratch(folder.parent, size)
+
+        return bring(recipe, self._hubs, folder, limit=self._import_limit, tick=tick, demand=demand)
 
     def place(
         self,

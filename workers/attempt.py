@@ -22,10 +22,12 @@ from service.jobs import MAX_RETRIES, Jobs
 from service.logs import event
 from service.problems import describe
 from service.pushes import Pushes
-from service.storage import Storage
+from service.quota import Reservations
+from service.storage import Storage, is_full, scratch_full
 from workers.rungs import MovedUp, worker_memory
 
 _REPORT_SECONDS = 0.2
+_FULL = scratch_full()
 _log = logging.getLogger("merganser.task")
 
 
@@ -40,8 +42,11 @@ class Attempt:
         jobs: Jobs,
         storage: Storage,
         pushes: Pushes | None = None,
+        room: Reservations | None = None,
     ) -> None:
         self._pushes = pushes
+        self._room = room
+        self._folder: Path | None = None
         self._tenant = tenant
         self._id = merge_id
         self._attempt = attempt
@@ -57,6 +62,7 @@ class Attempt:
 
     def guarded(self, work: Callable[[], None], folder: Path) -> None:
         """Do the work; what goes wrong for good ends the merge. ``folder`` is hidden from messages."""
+        self._folder = folder
         try:
             work()
         except Cancelled:
@@ -64,15 +70,20 @@ class Attempt:
         except MovedUp:
             raise  # to RQ, which queues the job again, for a larger worker
         except Unavailable as error:
-            if self._jobs.get(self._tenant, self._id).attempts <= MAX_RETRIES:
-                raise  # tried again
+            if self._is_tried_again():
+                raise
             self.fail(error)
         except MergeError as error:
+            if error.code == _FULL.code and self._is_tried_again():
+                raise  # maybe by a worker with another disk
             self.fail(hide_folder(hide_folder(error, folder / "inputs"), folder))
         except JobTimeoutException:
             self.fail(MergeFailure("timeout", "the merge took longer than a merge may take"))
-        except (*TRANSIENT, OSError):
-            raise  # tried again
+        except (*TRANSIENT, OSError) as error:
+            full = isinstance(error, OSError) and is_full(error)
+            if not full or self._is_tried_again():
+                raise
+            self.fail(_FULL)
         except Exception as error:
             if _no_memory(error):
                 self.move_up("it ran out of memory")
@@ -80,6 +91,9 @@ class Attempt:
                 return
             _log.exception("unexpected error in %s", self._id)
             self.fail(MergeFailure("internal_error", "an unexpected error happened; it has been logged"))
+
+    def _is_tried_again(self) -> bool:
+        return self._jobs.get(self._tenant, self._id).attempts <= MAX_RETRIES
 
     def move_up(self, reason: str) -> None:
         """Raise :class:`MovedUp` if a larger worker is there, for which the merge now waits."""
@@ -95,8 +109,10 @@ class Attempt:
             self.advance(phase, fraction, message)
 
     def advance(self, phase: str, fraction: float, message: str) -> None:
-        """Report now. Raises :class:`Cancelled` when this attempt is to stop."""
+        """Report now. Raises :class:`Cancelled` when this attempt is to stop, and ``scratch_full``."""
         self._phase, self._reported = phase, time.monotonic()
+        if self._folder is not None:
+            self._storage.demand_scratch(self._folder)
         try:
             answer = self.say(phase, fraction, message)
         except TRANSIENT as error:  # the work is worth more than the report of it
@@ -109,6 +125,18 @@ class Attempt:
         """Report; the state of the merge, or 'superseded'."""
         return self._jobs.report(self._tenant, self._id, self._attempt, phase, fraction, message)
 
+    # what the tenant may store
+
+    def reserve(self, size: int) -> None:
+        """Count what this merge is about to store; again renews that. Raises ``quota_exceeded``."""
+        if self._room is not None:
+            self._room.reserve_result(self._tenant, self._id, size)
+
+    def _release(self) -> None:
+        """The merge has ended: a result counts by itself."""
+        if self._room is not None:
+            self._room.settle(self._tenant, self._id, kept=0)
+
     # ends
 
     def publish(self, result: MergeResult) -> None:
@@ -120,6 +148,7 @@ class Attempt:
             self._storage.delete_prefix(f"{prefix}/{self._attempt}")
             self.stopped(answer)
             return
+        self._release()
         for key, _ in self._storage.keys(prefix):  # what attempts left that were killed
             if not key.startswith(f"{prefix}/{self._attempt}/"):
                 self._storage.delete(key)
@@ -138,7 +167,8 @@ class Attempt:
     def fail(self, error: MergeError) -> None:
         """End the merge with an error."""
         event(_log, logging.INFO, f"{self._id} failed: {error}", merge=self._id, code=error.code)
-        self._jobs.fail(self._tenant, self._id, self._attempt, describe(error))
+        if self._jobs.fail(self._tenant, self._id, self._attempt, describe(error)) == "finished":
+            self._release()
 
     def stopped(self, answer: str) -> None:
         """Complete a cancellation; a superseded or ended merge is none of this attempt's business.
@@ -148,6 +178,7 @@ class Attempt:
         if answer == "cancelling":
             error = describe(Cancelled())
             self._jobs.cancelled(self._tenant, self._id, "", error)
+            self._release()
         self.push(answer)
 
 

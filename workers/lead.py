@@ -62,6 +62,7 @@ class Splitter:
         if passes:
             sources.complete(record.tenant, recipe, find)
         with planned(record.tenant, recipe, sources, find, self._shard_bytes) as plan:
+            attempt.reserve(sum(shard.nbytes for shard in plan.shards))
             settled = _settled(plan, attempt, passes, threads_for(record))
         key = part_key(record, name, SETTLED)
         self._storage.put_json(key, {"lambda": settled.lambda_, "scales": list(settled.scales)})

@@ -31,7 +31,7 @@ def run_push(tenant: str, merge_id: str) -> None:
     """Push the result of a merge to where its record says."""
     settings = load_settings()
     connection: redis.Redis = connect(settings, patient=True)
-    storage = Storage.open(settings.storage_location, patient=True)
+    storage = Storage.open(settings.storage_location, patient=True, keep_free=settings.min_free_bytes)
     jobs = Jobs(connection, storage)
     pushes = Pushes(connection, jobs)
     record = jobs.find(tenant, merge_id)

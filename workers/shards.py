@@ -52,7 +52,7 @@ class Part(Attempt):
     """What one job of a split merge does."""
 
     def __init__(self, tenant: str, merge_id: str, attempt: str, place: Workplace) -> None:
-        super().__init__(tenant, merge_id, attempt, place.jobs, place.storage, place.pushes)
+        super().__init__(tenant, merge_id, attempt, place.jobs, place.storage, place.pushes, place.room)
         self._place = place
         self._key = shards_key(tenant, merge_id)
 
@@ -73,6 +73,7 @@ class Part(Attempt):
         out.mkdir()
         with self._planned(recipe, find) as plan:
             made = self._merged(plan, record, self._settled(record, name), index, out)
+        self.reserve(made.nbytes)  # renews what was reserved for all files
         self._storage.put_file(part_key(record, name, made.file), out / made.file)
         self._storage.put_json(part_key(record, name, note(index)), made.to_dict())
         self._move(index, 1.0)

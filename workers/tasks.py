@@ -19,6 +19,7 @@ from service.documents import FileEntry, MergeResult, result_key
 from service.jobs import Jobs
 from service.logs import event, request_id
 from service.pushes import Pushes
+from service.quota import Reservations
 from service.scratch import scratch
 from service.sources import Sources
 from service.storage import Storage
@@ -40,7 +41,8 @@ def run_merge(tenant: str, merge_id: str) -> None:
     place = Workplace.open()
     attempt = os.environ["RQ_EXECUTION_ID"]
     splitter = Splitter(place.redis, place.storage, place.settings.shard_bytes)
-    task = Task(tenant, merge_id, attempt, place.jobs, place.storage, place.pushes, splitter)
+    parts = (place.jobs, place.storage, place.pushes, splitter, place.room)
+    task = Task(tenant, merge_id, attempt, *parts)
     with scratch(place.settings.scratch_dir) as folder:
         task.run(place.sources, folder)
 
@@ -57,8 +59,9 @@ class Task(Attempt):
         storage: Storage,
         pushes: Pushes | None = None,
         splitter: Splitter | None = None,
+        room: Reservations | None = None,
     ) -> None:
-        super().__init__(tenant, merge_id, attempt, jobs, storage, pushes)
+        super().__init__(tenant, merge_id, attempt, jobs, storage, pushes, room)
         self._splitter = splitter
         self._kept: ProgressFile | None = None
 
@@ -104,6 +107,7 @@ class Task(Attempt):
         self._kept.bring()
         done = self._run_engine(work, record.memory_bytes, folder / "result", find)
         self.advance("store", _ENGINE_SHARE, "storing the result")
+        self.reserve(sum((done.path / path).stat().st_size for path in done.files))
         files = []
         for path, sha256 in sorted(done.files.items()):
             source = done.path / path

@@ -41,12 +41,14 @@ def bring(
     *,
     limit: int,
     tick: Callable[[str], None] = lambda message: None,
+    demand: Callable[[int], None] = lambda size: None,
     connect: Connect = RemoteHub,
 ) -> Imported:
     """Look up and download what lies on other hubs, at most ``limit`` bytes in all.
 
     Each reference is looked up once, so that a branch that moves meanwhile makes no difference. ``tick`` is
-    told what comes next, and may raise. Raises ``hub_too_large`` and the errors of :class:`RemoteHub`.
+    told what comes next, ``demand`` how many bytes; both may raise. Raises ``hub_too_large`` and the errors of
+    :class:`RemoteHub`.
     """
     names: dict[str, str] = {}
     folders: dict[str, Path] = {}
@@ -68,6 +70,7 @@ def bring(
         names[text], commits[text] = pinned, snapshot.commit
         if pinned not in folders:
             folders[pinned] = folder / f"{len(folders)}-{reference.repo.partition('/')[2]}"
+            demand(snapshot.size)
             hub.download(snapshot, folders[pinned], tick)
     return Imported(renamed(recipe, names), folders, commits)
 

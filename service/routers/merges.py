@@ -145,7 +145,7 @@ async def retry_merge(
     """Queue a merge that failed or was cancelled once more, as a new merge with the same pinned recipe."""
     more = {"request_id": getattr(request.state, "request_id", None)}
     room = Reservations(services.redis, services.settings.max_tenant_bytes)
-    await run_in_threadpool(room.demand_any, tenant)
+    await run_in_threadpool(room.demand, tenant)
     record = await run_in_threadpool(services.jobs.repeat, tenant, merge_id, **more)
     return await _accepted(response, services, tenant, record.id, prefer)
 
@@ -194,12 +194,14 @@ def _create(
     services: Services, tenant: str, asked: Work, options: MergeOptions, *, fresh: bool, **more: Any
 ) -> None:
     """Enter a merge: ended already, when its job was done before, or else queued."""
-    Reservations(services.redis, services.settings.max_tenant_bytes).demand_any(tenant)
+    room = Reservations(services.redis, services.settings.max_tenant_bytes)
+    room.demand(tenant)
     push = options.push_to.resolved(services.hubs) if options.push_to else None
     webhook = options.webhook.checked(services.webhook_allowed) if options.webhook else None
     pinned, found = _plan(services, tenant, asked)
     if found is not None:  # what lies on other hubs is unknown, so such a job is never the same
         more.update(digest=job_digest(pinned), memory_bytes=int(found["estimate"]["memory_bytes"]))
+        room.demand(tenant, int(found["estimate"]["output_bytes"]))
     record = new_record(tenant, pinned, name=options.name, priority=options.priority, push=push, **more)
     if webhook is not None:
         given = webhook.model_dump()

@@ -2,7 +2,9 @@
 
 from service.storage.blobs import Blob, DigestMismatch, StreamTooLong, blob_key
 from service.storage.failures import StorageRefused, StorageUnavailable
-from service.storage.objects import Entry, Storage
+from service.storage.files import Storage
+from service.storage.local import is_full, scratch_full
+from service.storage.objects import Entry
 
 __all__ = [
     "Blob",
@@ -13,4 +15,6 @@ __all__ = [
     "StorageUnavailable",
     "StreamTooLong",
     "blob_key",
+    "is_full",
+    "scratch_full",
 ]

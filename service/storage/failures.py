@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import re
 
 from obstore import exceptions
 
 from service.errors import NoSpace, Unavailable
+from service.storage.local import is_full
 
 _FULL = re.compile(r"\(os error (28|122)\)|\b507 Insufficient")
 _DENIED = re.compile(
@@ -37,7 +37,7 @@ def meaning(error: Exception) -> Exception:
     if isinstance(error, OSError):
         if "NoSuchBucket" in str(error):
             return _bucket_missing()
-        return _full() if error.errno in (errno.ENOSPC, errno.EDQUOT) else error
+        return _full() if is_full(error) else error
     if not isinstance(error, exceptions.BaseError) or isinstance(error, _OURS):
         return error
     text = str(error).partition("Debug source")[0]

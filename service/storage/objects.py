@@ -1,42 +1,29 @@
-"""The storage as the service uses it, over a local folder or a bucket.
+"""Objects by their keys: small documents, listings and deletion, over a local folder or a bucket.
 
-The synchronous methods are for workers, the command line and request threads; the asynchronous ones only
-for the API's event loop. Every method may raise :class:`StorageUnavailable` and :class:`StorageRefused`, and
-every one that writes ``storage_full``.
+Every method may raise :class:`StorageUnavailable` and :class:`StorageRefused`, and every one that writes
+``storage_full``.
 """
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import json
-import os
-import shutil
 import time
-import uuid
-from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 import obstore
 from obstore.store import ObjectStore, S3Store
 
 from merging.errors import InputError
-from service.storage.blobs import STAGING, Arrival, Blob, blob_key
 from service.storage.failures import StorageRefused, StorageUnavailable, meaning
-from service.storage.local import Room, linked, to_disk
-from service.storage.relay import relayed
+from service.storage.local import Room, to_disk
 from service.storage.stores import open_store
 
 CHUNK = 1 << 20
-_PART = 8 << 20
-_PARTS_AT_ONCE = 4
-_PARTS_OF_STREAM = 2
-_WRITE = 1 << 20
-_COPY_LIMIT = 5 << 30
-"""S3 copies no larger object by itself."""
 _PATIENCE_SECONDS = 60.0
 _PAUSE_SECONDS = 1.0
 _T = TypeVar("_T")
@@ -51,11 +38,11 @@ class Entry:
     modified: float
 
 
-class Storage:
+class Objects:
     """An object store. ``root`` is its folder when it is local, which allows links instead of copies.
 
     ``patience``: so many seconds the synchronous methods wait for a storage that does not answer.
-    ``keep_free``: so many bytes streams leave free on the disk of a folder.
+    ``keep_free``: so many bytes what is written leaves free on the disk of a folder, documents excepted.
     """
 
     def __init__(
@@ -63,11 +50,12 @@ class Storage:
     ) -> None:
         self._store = store
         self.root = root
+        self._keep_free = keep_free
         self._room = Room(root, keep_free) if root is not None else None
         self._patience = patience
 
     @classmethod
-    def open(cls, url: str, *, patient: bool = False, keep_free: int = 0) -> Storage:
+    def open(cls, url: str, *, patient: bool = False, keep_free: int = 0) -> Self:
         """The store at a URL, not contacted yet. A ``patient`` one (workers) bridges an outage of a minute.
 
         Raises ``storage_url_unsupported``.
@@ -79,6 +67,10 @@ class Storage:
         """Raise ``storage_full`` if so many bytes more would fill the disk. A bucket has no end."""
         if self._room:
             self._room.demand(size)
+
+    def demand_scratch(self, folder: Path, size: int = 0) -> None:
+        """Raise ``scratch_full`` if so many bytes more would fill the disk of a folder for work."""
+        Room(folder, self._keep_free, scratch=True).demand(size)
 
     def check(self) -> None:
         """Ask the storage for something, whether it is there or not."""
@@ -141,49 +133,6 @@ class Storage:
         for chunk in self._do(lambda: obstore.get(self._store, key)).stream(min_chunk_size=CHUNK):
             yield bytes(chunk)
 
-    # files
-
-    def put_file(self, key: str, path: Path) -> None:
-        """Store a file that nobody changes afterwards: on the same volume it is linked, not copied."""
-        if self.root is None or not linked(path, self.root / key):
-            self._do(
-                lambda: obstore.put(self._store, key, path, chunk_size=_PART, max_concurrency=_PARTS_AT_ONCE)
-            )
-        self._to_disk(key)
-
-    def fetch(self, key: str, target: Path) -> None:
-        """Bring an object to ``target``, which must be treated as read-only: it may be a link."""
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if self.root is not None:
-            if not linked(self.root / key, target):
-                shutil.copyfile(self.root / key, target)
-            return
-
-        def bring() -> None:
-            with target.open("wb") as file:
-                for chunk in obstore.get(self._store, key).stream(min_chunk_size=CHUNK):
-                    file.write(chunk)
-
-        try:
-            self._do(bring)
-        except BaseException:
-            target.unlink(missing_ok=True)
-            raise
-
-    def copy(self, key: str, target: str) -> None:
-        """Give an object a second key, with the present as its time; the store does it by itself."""
-        self._do(lambda: self._copy(key, target))
-        self._to_disk(target)
-
-    def _copy(self, key: str, target: str) -> None:
-        if self.root is None and obstore.head(self._store, key)["size"] > _COPY_LIMIT:
-            content = relayed(lambda: self.chunks(key))
-            obstore.put(self._store, target, content, chunk_size=_PART, max_concurrency=_PARTS_AT_ONCE)
-            return
-        obstore.copy(self._store, key, target)
-        if self.root is not None:
-            os.utime(self.root / target)  # it is a link and has the time of the original
-
     def size(self, key: str) -> int | None:
         """Bytes of an object, or None when there is no such object."""
         try:
@@ -242,60 +191,3 @@ class Storage:
         """Make a local object survive a power cut before anything refers to it."""
         if self.root is not None:
             to_disk(self.root / key)
-
-    # streams of the API
-
-    async def put_stream(
-        self, tenant: str, chunks: AsyncIterable[bytes], *, limit: int, expect: str | None = None
-    ) -> Blob:
-        """Store a stream as a blob. Nothing is kept when it is too long, breaks off, or differs.
-
-        ``expect`` is the sha256 (hex) that the content must have. Raises :class:`StreamTooLong` and
-        :class:`DigestMismatch`.
-        """
-        arrival = Arrival(chunks, limit, expect)
-        staged = f"{STAGING}/{tenant}/{uuid.uuid4().hex}"
-        await self.write_stream(staged, arrival.checked())
-        new = await asyncio.to_thread(self._settle, staged, blob_key(tenant, arrival.sha256))
-        return Blob(arrival.sha256, arrival.size, new=new)
-
-    async def write_stream(self, key: str, chunks: AsyncIterable[bytes]) -> None:
-        """Store a stream under a key, replacing what was there. Nothing is kept of one that raises."""
-        content = self._room.metered(chunks) if self._room else aiter(chunks)
-        part = _PART if self.root is None else _WRITE  # many streams come at once, and each holds some
-        try:
-            await obstore.put_async(
-                self._store, key, content, chunk_size=part, max_concurrency=_PARTS_OF_STREAM
-            )
-        except Exception as error:
-            found = meaning(error)
-            raise (found if found is not error else error) from None
-
-    def _settle(self, staged: str, key: str) -> bool:
-        """Give a staged object its final key; whether that is new."""
-        new = self.size(key) is None
-        self._to_disk(staged)
-        try:
-            if self.root is not None:
-                self._do(lambda: obstore.rename(self._store, staged, key))
-                with contextlib.suppress(FileNotFoundError):  # collected again; who refers to it will see
-                    self._to_disk(key)
-            else:
-                self._do(lambda: self._copy(staged, key))
-        finally:
-            if self.root is None:
-                with contextlib.suppress(Exception):  # if it stays, it is collected one day
-                    self.delete(staged)
-        return new
-
-    def stream(self, key: str, start: int, end: int) -> AsyncIterator[bytes]:
-        """The bytes ``[start, end)`` of an object in chunks. It is opened now, so that errors come now."""
-        if start >= end:
-            return _chunks(None)
-        return _chunks(self._do(lambda: obstore.get(self._store, key, options={"range": (start, end)})))
-
-
-async def _chunks(found: obstore.GetResult | None) -> AsyncIterator[bytes]:
-    if found is not None:
-        async for chunk in found.stream(min_chunk_size=CHUNK):
-            yield bytes(chunk)

@@ -10,13 +10,14 @@ from pathlib import Path
 
 import httpx
 import pytest
+from adapters import write_adapter
 from redis import Redis
 from redis.asyncio import Redis as AsyncRedis
 
 from service import quota
 from service.embedded_redis import EmbeddedRedis
 from service.errors import TooLarge
-from tests.running import Up
+from tests.running import Up, push
 
 LIMIT = 1 << 20
 
@@ -85,6 +86,18 @@ def test_a_tenant_without_room_cannot_ask_for_merges(small: Up) -> None:
         assert (answer.status_code, answer.json()["code"]) == (413, "quota_exceeded")
 
 
+def test_a_merge_whose_result_does_not_fit_is_refused_at_once(small: Up, tmp_path: Path) -> None:
+    with small.redis() as redis:
+        redis.set("mg:local:bytes", 0)
+        with small.client() as client:
+            model = push(client, write_adapter(tmp_path / "a", seed=1), "q/adapter")
+        redis.set("mg:local:bytes", LIMIT - 10)
+        recipe = {"merge_method": "linear", "models": [{"model": model}]}
+        answer = small.http.post("/v1/merges", json=recipe)
+    assert (answer.status_code, answer.json()["code"]) == (413, "quota_exceeded")
+    assert "the result, up to " in answer.json()["detail"]
+
+
 def test_the_reservation_of_a_dead_process_ends(
     connection: Redis, redis_server: EmbeddedRedis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -110,7 +123,7 @@ def test_a_named_reservation_is_given_back_once(connection: Redis) -> None:
     assert room.used("t") == "10"
     assert room.reserve("t", "b", 90)
     with pytest.raises(TooLarge) as raised:
-        room.demand_any("t")
+        room.demand("t")
     assert raised.value.code == "quota_exceeded"
 
 
