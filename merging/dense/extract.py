@@ -27,7 +27,8 @@ from merging.spool import Spool
 from merging.updates import LowRank
 
 if TYPE_CHECKING:
-    from merging.dense.runner import DenseRunner, Settled
+    from merging.dense.runner import DenseRunner
+    from merging.dense.settled import Settled
 
 B_TAIL, A_TAIL = ".lora_B", ".lora_A"
 

@@ -13,7 +13,8 @@ from merging.dense import card
 from merging.dense.extract import A_TAIL, B_TAIL, module_kind
 from merging.dense.plan import STEMS, DensePlan
 from merging.dense.report import dense_report
-from merging.dense.runner import Settled, ShardResult, header_metadata
+from merging.dense.runner import ShardResult, header_metadata
+from merging.dense.settled import Settled
 from merging.dense.table import TensorJob
 from merging.errors import MergeFailure
 from merging.formats import peft_out
@@ -28,11 +29,17 @@ CONFIG_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": 
 
 
 def finalise(
-    plan: DensePlan, parts: Sequence[ShardResult], out: Path, *, settled: Settled | None = None
+    plan: DensePlan,
+    parts: Sequence[ShardResult],
+    out: Path,
+    *,
+    settled: Settled | None = None,
+    keep_parts: bool = False,
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """Complete the folder ``out`` that holds the files of all ``parts``; the report and each file's sha256.
 
-    Files of an earlier attempt at this step are replaced. Raises :class:`MergeFailure` ``shards_incomplete``.
+    Files of an earlier attempt at this step are replaced. What an adapter was put together from is removed,
+    unless ``keep_parts`` says that the caller will. Raises :class:`MergeFailure` ``shards_incomplete``.
     """
     done = {part.index: part for part in parts}
     missing = [shard.file for shard in plan.shards if shard.index not in done]
@@ -54,6 +61,9 @@ def finalise(
         ("report.json", json_text(report)),
     ):
         files[name] = _text(out / name, text)
+    for part in parts:
+        if part.file not in files and not keep_parts:
+            (out / part.file).unlink()
     return report, dict(sorted(files.items()))
 
 
@@ -134,7 +144,6 @@ def _adapter(plan: DensePlan, parts: Sequence[ShardResult], out: Path) -> dict[s
     files[peft_out.CONFIG_NAME] = peft_out.write_adapter_config(out, fields)
     for file in opened:
         file.close()
-        file.path.unlink()
     return files
 
 

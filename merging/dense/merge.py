@@ -57,10 +57,16 @@ def merge_dense(
             parts = attempt.finished(len(plan.shards))
             kept = {part.index for part in parts}
             done += sum(len(shard.jobs) for shard in plan.shards if shard.index in kept)
-            settled = runner.settle()
+            settled = attempt.settled()
+            if settled is None:
+                settled = runner.settle()
+                attempt.settle(settled)
+            else:
+                done += (runner.passes - 1) * merged
             for shard in plan.shards:
                 if shard.index not in kept:
                     parts.append(runner.merge_shard(shard, attempt.path, settled))
                     attempt.note(parts[-1])
-            report, files = finalise(plan, parts, attempt.path, settled=settled)
+            report, files = finalise(plan, parts, attempt.path, settled=settled, keep_parts=True)
+            attempt.surplus = [part.file for part in parts if part.file not in files]
         return plan.digest, report, files

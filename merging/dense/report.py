@@ -8,7 +8,8 @@ from typing import Any
 
 from merging.dense.inputs import Model
 from merging.dense.plan import DensePlan, Origin
-from merging.dense.runner import Settled, ShardResult
+from merging.dense.runner import ShardResult
+from merging.dense.settled import Settled
 from merging.diagnostics.telling import relation
 from merging.report import versions
 

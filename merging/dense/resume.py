@@ -2,8 +2,9 @@
 
 An attempt is a hidden folder beside the output, named after everything that decides the bytes of the result
 (recipe, contents of the inputs, layout of the shards, versions). Each finished shard is a synchronised file
-with a line in the journal that tells its sha256 and what was measured. Whoever runs the same merge to the
-same place next takes over what is there; another merge to that place removes it.
+with a line in the journal that tells its sha256 and what was measured; what the passes over the whole model
+found is kept too. Whoever runs the same merge to the same place next takes over what is there; another merge
+to that place removes it.
 """
 
 from __future__ import annotations
@@ -19,12 +20,14 @@ from typing import Self
 
 from merging.dense.plan import DensePlan
 from merging.dense.runner import ShardResult
+from merging.dense.settled import Settled
 from merging.errors import MergeError, MergeFailure
 from merging.formats.files import sha256_of
 from merging.formats.result_dir import ResultDirectory, lock_folder
 from merging.report import versions
 
 JOURNAL = "journal.jsonl"
+SETTLED = "settled.json"
 
 
 def attempt_key(plan: DensePlan) -> str:
@@ -46,6 +49,8 @@ class Attempt(ResultDirectory):
         super().__init__(out, overwrite)
         self._prefix = f".{self.out.name}.attempt-"
         self.path = self.out.with_name(self._prefix + key[:24])
+        self.surplus: Sequence[str] = ()
+        """Files that are no part of the result; until it is complete they save work."""
 
     def __enter__(self) -> Self:
         self.out.parent.mkdir(parents=True, exist_ok=True)
@@ -74,7 +79,6 @@ class Attempt(ResultDirectory):
     ) -> None:
         try:
             if kind is None:
-                (self.path / JOURNAL).unlink(missing_ok=True)
                 self._publish()
             elif issubclass(kind, MergeError):
                 shutil.rmtree(self.path, ignore_errors=True)
@@ -111,13 +115,32 @@ class Attempt(ResultDirectory):
         finally:
             os.close(handle)
 
+    def settled(self) -> Settled | None:
+        """What the passes over the whole model found, if an earlier attempt made them."""
+        try:
+            return Settled.of(json.loads((self.path / SETTLED).read_bytes()))
+        except (OSError, ValueError, KeyError, TypeError):  # none, or cut short
+            return None
+
+    def settle(self, found: Settled) -> None:
+        """Keep what the passes found, to disk."""
+        with (self.path / SETTLED).open("wb") as file:
+            file.write(json.dumps(found.to_dict()).encode())
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _ready(self) -> None:
+        """As late as possible, for until then whoever comes next goes on from here."""
+        for name in (*self.surplus, SETTLED, JOURNAL):
+            (self.path / name).unlink(missing_ok=True)
+
     def _intact(self, part: ShardResult) -> bool:
         path = self.path / part.file
         return path.is_file() and path.stat().st_size == part.nbytes and sha256_of(path) == part.sha256
 
     def _clear(self, parts: Sequence[ShardResult]) -> None:
         """Remove what no finished shard owns."""
-        names = {JOURNAL, *(part.file for part in parts)}
+        names = {JOURNAL, SETTLED, *(part.file for part in parts)}
         for entry in list(self.path.iterdir()):
             if entry.name not in names:
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()

@@ -21,6 +21,7 @@ from merging.dense import blocks
 from merging.dense.describe import job_bytes
 from merging.dense.extract import write_extracted
 from merging.dense.plan import DensePlan, ShardPlan
+from merging.dense.settled import Settled
 from merging.dense.stack import DenseStack, StoredRows
 from merging.dense.table import TensorJob
 from merging.errors import MergeFailure
@@ -35,15 +36,6 @@ Tick = Callable[[str], None]
 Result = TypeVar("Result")
 
 _COPY_BYTES = 4 << 20
-
-
-@dataclass(frozen=True)
-class Settled:
-    """What the passes over the whole model found; the default for recipes that need none."""
-
-    lambda_: float = 1.0
-    scales: tuple[float, ...] = ()
-    shared: Any = None
 
 
 @dataclass(frozen=True)
@@ -114,11 +106,6 @@ class DenseRunner:
         """How often every tensor is visited."""
         return 1 + int(self._equalizes) + self._surveys + int(self._auto)
 
-    @property
-    def surveys(self) -> int:
-        """How many of these passes find more than numbers, which cannot be handed to another process."""
-        return self._surveys
-
     def settle(self) -> Settled:
         """The passes over the whole model."""
         found = Settled()
@@ -135,7 +122,7 @@ class DenseRunner:
 
     def merge_shard(self, shard: ShardPlan, folder: Path, settled: Settled) -> ShardResult:
         """Write one shard into ``folder``; it appears whole or not at all."""
-        before = len(self.warnings)
+        self.warnings = []  # each shard tells its own, whoever makes it and whatever came before
         part = folder / f"{shard.file}.part"
         part.unlink(missing_ok=True)
         metadata = header_metadata(self.plan)
@@ -150,7 +137,7 @@ class DenseRunner:
         nbytes = part.stat().st_size
         part.rename(folder / shard.file)
         tensors = tuple(one.to_dict() for one in found if one is not None)
-        return ShardResult(shard.index, shard.file, digest, nbytes, tensors, tuple(self.warnings[before:]))
+        return ShardResult(shard.index, shard.file, digest, nbytes, tensors, tuple(self.warnings))
 
     def merge_tensor(
         self, job: TensorJob, settled: Settled, emit: blocks.Emit | None, stack: DenseStack | None = None

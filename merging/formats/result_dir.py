@@ -77,6 +77,7 @@ class ResultDirectory:
                 _sync(Path(folder, name))
             _sync(Path(folder))
         self.check()
+        self._ready()
         old = self.path.with_name(self.path.name + _OLD)
         if self.overwrite and self.out.is_dir():
             self.out.rename(old)
@@ -88,6 +89,9 @@ class ResultDirectory:
             raise
         _sync(self.out.parent)
         shutil.rmtree(old, ignore_errors=True)
+
+    def _ready(self) -> None:
+        """Everything is on disk; the rename comes next."""
 
     def _recover(self) -> None:
         """Clear up after killed processes: their locks went with them.

@@ -20,8 +20,9 @@ from checkpoint_files import base_tensors, read_all, recipe, tuned, write_checkp
 
 import merging
 from merging import Recipe
+from merging.dense import spectral
 from merging.dense.plan import prepare_dense
-from merging.dense.resume import JOURNAL, attempt_key
+from merging.dense.resume import JOURNAL, SETTLED, Attempt, attempt_key
 from merging.dense.runner import DenseRunner
 from merging.errors import Cancelled, InputError, MergeFailure
 from merging.formats.result_dir import lock_folder
@@ -162,6 +163,74 @@ def test_finished_shards_are_taken_over(tmp_path: Path, data: dict[str, Any]) ->
     again, made = finish(data, tmp_path / "out")
     assert again == whole
     assert 0 < made < total / 2
+
+
+SETTLING = {
+    "lambda": {"parameters": {"lambda": "auto"}},
+    "thresholds": {"merge_method": "ties", "parameters": {"trim_scope": "global", "density": 0.3}},
+    "all of them": {
+        "merge_method": "ties",
+        "parameters": {
+            "trim_scope": "global", "density": 0.3, "compat": "paper", "lambda": "auto",
+            "majority_sign_method": "normmass",
+        },
+        "prepare": {"equalize_norms": True},
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", SETTLING)
+def test_passes_over_the_whole_model_are_not_made_again(
+    tmp_path: Path, data: dict[str, Any], kind: str
+) -> None:
+    data = {**data, **SETTLING[kind]}
+    whole, _ = finish(data, tmp_path / "whole")
+    attempt = interrupted(data, tmp_path / "out", after=0)
+    assert (attempt / SETTLED).exists()
+    phases: list[str] = []
+    merging.merge(
+        *(data, tmp_path / "out"),
+        device="cpu", threads=1, shard_bytes=SHARD_BYTES, progress=lambda at: phases.append(at.phase),
+    )  # fmt: skip
+    assert set(phases) == {"prepare", "merge", "publish"}
+    assert contents(tmp_path / "out") == whole
+
+
+def test_settled_findings_that_were_cut_short_are_found_again(tmp_path: Path, data: dict[str, Any]) -> None:
+    data = {**data, **SETTLING["thresholds"]}
+    whole, _ = finish(data, tmp_path / "whole")
+    attempt = interrupted(data, tmp_path / "out", after=0)
+    (attempt / SETTLED).write_bytes((attempt / SETTLED).read_bytes()[:-9])
+    assert finish(data, tmp_path / "out")[0] == whole
+
+
+@pytest.mark.parametrize("output", ["checkpoint", "lora"])
+def test_killed_just_before_the_result_appears_nothing_is_made_again(
+    tmp_path: Path, data: dict[str, Any], monkeypatch: pytest.MonkeyPatch, output: str
+) -> None:
+    more = {"rank": 3} if output == "lora" else {}
+    data = {**data, "output": {"format": output, **more}, "modules_to_save": "drop"}
+    whole, _ = finish(data, tmp_path / "whole")
+
+    def killed(attempt: Attempt) -> None:
+        raise Stop
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Attempt, "_ready", killed)
+        with pytest.raises(Stop):
+            finish(data, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    found, made = finish(data, tmp_path / "out")
+    assert (found, made) == (whole, 0)
+
+
+def test_a_warning_of_the_passes_is_in_the_report(
+    tmp_path: Path, data: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(spectral, "EXACT_NUMEL", 1)
+    data = {**data, "merge_method": "tsv", "parameters": {"lambda": "auto"}}
+    result = merging.merge(data, tmp_path / "out", device="cpu", threads=1)
+    assert "spectrum_cut" in [entry["code"] for entry in result.report["warnings"]]
 
 
 @pytest.mark.parametrize("damage", ["journal", "shard", "gone", "junk"])
