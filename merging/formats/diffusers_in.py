@@ -94,7 +94,7 @@ def _configs(header: Header, file: str) -> dict[str, AdapterConfig]:
         first, dot, field = name.partition(".")
         if not dot or first not in COMPONENTS:
             fail("config_field", file, None, f"has {METADATA_KEY} with the field {name[:80]!r}, which "
-                 "belongs to no component")  # fmt: skip
+                 "belongs to no component", remedy="Remove the field")  # fmt: skip
         fields.setdefault(first, {"peft_type": "LORA"})[field] = value
     return {
         name: check_adapter_config(raw, file=f"{where[:-1]} of {name})")

@@ -30,6 +30,15 @@ _SPACE = re.compile(_WS)
 _NAME = re.compile(rb"[A-Za-z0-9_][A-Za-z0-9_.\-]*+\Z")
 _ENTRY_BYTES = 1024
 _INTEGER_DIGITS = 19
+_COPY = "The file is damaged or incomplete: copy or download it again"
+_REMEDIES = {
+    "truncated": _COPY,
+    "trailing": _COPY,
+    "too_small": _COPY,
+    "not_a_file": "Put the file itself there",
+    "name": "Rename the tensors as the trainer's own export names them",
+    "dtype": "Save the tensors in a floating or integer dtype of whole bytes",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +121,7 @@ class HeaderCheck:
         raise InputError(
             f"safetensors_{rule}",
             f"{subject} {what}",
-            remedy="Write the file again with the safetensors library",
+            remedy=_REMEDIES.get(rule, "Write the file again with the safetensors library"),
             where=where,
         ) from None
 
@@ -178,7 +187,8 @@ class HeaderCheck:
             self.fail("name", f"has a tensor name of {len(raw)} bytes, the limit is {limit}")
         if not _NAME.match(raw) or b".." in raw:
             shown = raw[:80].decode("ascii", "backslashreplace")
-            self.fail("name", f"has the tensor name {shown!r}; letters, digits and _ . - are accepted")
+            self.fail("name", f"has the tensor name {shown!r}; letters, digits, _ - and "
+                      "single dots are accepted")  # fmt: skip
         return raw.decode("ascii")
 
     def _metadata(self, raw: bytes, position: int) -> tuple[dict[str, str], int]:

@@ -11,7 +11,7 @@ from merging.formats.image_keys import ImageKey, ImageRole
 from merging.formats.loaded import Module
 from merging.formats.peft_config import AdapterConfig
 from merging.formats.peft_keys import Kind
-from merging.formats.shapes import Shapes, common_dtype, fail
+from merging.formats.shapes import DAMAGED, Shapes, common_dtype, fail, stored_twice
 from merging.formats.tensors import TensorFile
 
 Roles = dict[ImageRole, str]
@@ -44,8 +44,7 @@ def group(parsed: Mapping[str, ImageKey | None], file: str) -> dict[str, Roles]:
                  remedy="Save one adapter per file")  # fmt: skip
         roles = modules.setdefault(found.path, {})
         if found.role in roles:
-            fail("duplicate_module", file, found.path, f"is stored under two keys: {roles[found.role]} "
-                 f"and {key}")  # fmt: skip
+            stored_twice(file, found.path, (roles[found.role], key))
         roles[found.role] = key
     return modules
 
@@ -68,7 +67,7 @@ class ImageReader(Shapes):
         """
         if "A" not in roles or "B" not in roles:
             self.fail("incomplete_pair", name, f"has only {', '.join(roles.values())}; both factors of a "
-                      "LoRA are needed")  # fmt: skip
+                      "LoRA are needed", remedy=DAMAGED)  # fmt: skip
         A, B = self.factor(name, roles["A"]), self.factor(name, roles["B"])
         dtype = common_dtype(A.dtype, B.dtype)
         shape_A = A.shape
@@ -101,7 +100,9 @@ class ImageReader(Shapes):
     def _through(self, name: str, mid: tuple[int, ...], A: tuple[int, ...]) -> tuple[int, ...]:
         """The shape of A (rank, in, kh, kw) that a Tucker core (rank, rank, kh, kw) makes of a 1x1 A."""
         if len(mid) != 4 or mid[0] != mid[1] or mid[1] != A[0] or len(A) != 4 or A[2:] != (1, 1):
-            self.fail("factor_shape", name, f"has A {A} and a Tucker core {mid}, which do not fit")
+            self.fail(
+                "factor_shape", name, f"has A {A} and a Tucker core {mid}, which do not fit", remedy=DAMAGED
+            )
         return (mid[0], A[1], *mid[2:])
 
     def _scale(self, name: str, key: str | None, rank: int, scaling: Scaling | None) -> float:
@@ -116,7 +117,8 @@ class ImageReader(Shapes):
         stated = scaling.config.rank_of(scaling.path)
         if stated != rank:
             self.fail("rank_mismatch", name, f"has rank {rank} in the weights and {stated} in "
-                      f"{scaling.config.file}")  # fmt: skip
+                      f"{scaling.config.file}",
+                      remedy="Correct the ranks in the metadata, or remove it")  # fmt: skip
         wanted = scaling.config.scale_of(scaling.path)
         if key is not None and not math.isclose(wanted, scale, rel_tol=1e-2):
             self.fail("alpha_conflict", name, f"has the scale {scale:g} by its alpha tensor and {wanted:g} "
@@ -128,7 +130,8 @@ class ImageReader(Shapes):
         try:
             alpha = self.weights.number(key)
         except ValueError as error:
-            self.fail("alpha_invalid", name, f"has {key}, {error}; one number is needed")
+            self.fail("alpha_invalid", name, f"has {key}, {error}; one number is needed",
+                      remedy=DAMAGED)  # fmt: skip
         if not math.isfinite(alpha) or abs(alpha) > 1e9:
-            self.fail("alpha_invalid", name, f"has {key} = {alpha:g}")
+            self.fail("alpha_invalid", name, f"has {key} = {alpha:g}", remedy=DAMAGED)
         return alpha

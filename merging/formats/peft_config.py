@@ -22,6 +22,10 @@ from merging.formats.patterns import PatternTable
 
 MAX_CONFIG_BYTES = 1 << 20
 
+CONVERT = (
+    "Convert it to a plain LoRA (peft.save_as_lora does so for many kinds), or merge it into its base model"
+)
+
 # Fields that do not change what a trained adapter adds to its base.
 _IGNORED = frozenset({
     "auto_mapping", "corda_config", "eva_config", "inference_mode", "lora_dropout", "lora_ga_config",
@@ -34,28 +38,32 @@ _REFUSED: Mapping[str, tuple[str, str, str | None]] = {
     "use_dora": (
         "dora_unsupported",
         "DoRA rescales the base weight, so its update is not low-rank and needs the base",
-        "Merge it into its base model first, or train without DoRA",
+        CONVERT,
     ),
-    "lora_bias": ("lora_bias_unsupported", "a bias on lora_B is not part of a low-rank update", None),
-    "use_qalora": ("qalora_unsupported", "QA-LoRA's A sees pooled inputs", None),
-    "use_bdlora": ("bdlora_unsupported", "BD-LoRA's factors are block-diagonal", None),
-    "kasa_config": ("kasa_unsupported", "KaSA changes the base weights before training", None),
-    "arrow_config": ("arrow_unsupported", "an Arrow router has no single update", None),
-    "monteclora_config": ("monteclora_unsupported", "MonteCLoRA's factors are random", None),
+    "lora_bias": ("lora_bias_unsupported", "a bias on lora_B is not part of a low-rank update", CONVERT),
+    "use_qalora": ("qalora_unsupported", "QA-LoRA's A sees pooled inputs", CONVERT),
+    "use_bdlora": ("bdlora_unsupported", "BD-LoRA's factors are block-diagonal", CONVERT),
+    "kasa_config": ("kasa_unsupported", "KaSA changes the base weights before training", CONVERT),
+    "arrow_config": (
+        "arrow_unsupported",
+        "an Arrow router has no single update",
+        "Merge the adapters that it routes to",
+    ),
+    "monteclora_config": ("monteclora_unsupported", "MonteCLoRA's factors are random", CONVERT),
     "alora_invocation_tokens": (
         "alora_unsupported",
         "an activated LoRA only acts on some tokens and cannot be merged",
-        None,
+        "Serve it beside the merged adapter",
     ),
     "layer_replication": (
         "layer_replication_unsupported",
         "its layer numbers refer to a replicated stack of layers",
-        None,
+        "Merge it into its base model first, and merge the checkpoints",
     ),
     "trainable_token_indices": (
         "trainable_tokens_unsupported",
         "trained token rows replace rows of the embedding",
-        None,
+        "Merge it into its base model first, and merge the checkpoints",
     ),
     "ensure_weight_tying": (
         "weight_tying_unsupported",
@@ -63,6 +71,8 @@ _REFUSED: Mapping[str, tuple[str, str, str | None]] = {
         "Save the adapter with ensure_weight_tying off",
     ),
 }
+
+_AS_SAVED = "Send the file as PEFT's save_pretrained wrote it"
 
 _SAFE_INIT = ("gaussian", "eva", "orthogonal", "mica")
 _CHANGED_BASE_INIT = ("pissa", "olora", "corda", "lora_ga", "loftq")
@@ -156,7 +166,7 @@ def check_adapter_config(raw: Mapping[str, Any], *, file: str) -> AdapterConfig:
     if kind != "LORA":
         shown = "none" if kind is None else str(kind)[:80]
         _fail("peft_type_unsupported", file, "peft_type", f"peft_type {shown} cannot be merged",
-              remedy="Only LoRA adapters (peft_type LORA) are accepted")  # fmt: skip
+              remedy=f"Only LoRA adapters (peft_type LORA) are accepted. {CONVERT}")  # fmt: skip
     for field, (code, why, remedy) in _REFUSED.items():
         if raw.get(field):
             _fail(code, file, field, f"{field} is set: {why}", remedy=remedy)
@@ -183,7 +193,7 @@ def check_adapter_config(raw: Mapping[str, Any], *, file: str) -> AdapterConfig:
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
         field = str(first["loc"][0]) if first["loc"] else ""
-        _fail("config_field", file, field, f"{field}: {first['msg']}")
+        _fail("config_field", file, field, f"{field}: {first['msg']}", remedy="Correct the field")
     config.compile_patterns()
     return config
 
@@ -191,14 +201,16 @@ def check_adapter_config(raw: Mapping[str, Any], *, file: str) -> AdapterConfig:
 def load_json(data: bytes, file: str) -> dict[str, Any]:
     """An untrusted JSON object with unique keys and finite numbers, or a ``config_*`` error."""
     if len(data) > MAX_CONFIG_BYTES:
-        _fail("config_too_large", file, None, f"{len(data)} bytes, the limit is {MAX_CONFIG_BYTES}")
+        _fail("config_too_large", file, None, f"{len(data)} bytes, the limit is {MAX_CONFIG_BYTES}",
+              remedy=_AS_SAVED)  # fmt: skip
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result = dict(pairs)
         if len(result) != len(pairs):
             counts = Counter(key for key, _ in pairs)
             twice = next(key for key, count in counts.items() if count > 1)
-            _fail("config_duplicate_key", file, twice[:200], f"{twice[:80]!r} is stated twice")
+            _fail("config_duplicate_key", file, twice[:200], f"{twice[:80]!r} is stated twice",
+                  remedy="Remove the one that is wrong")  # fmt: skip
         return result
 
     try:
@@ -211,9 +223,9 @@ def load_json(data: bytes, file: str) -> dict[str, Any]:
         json.dumps(raw, ensure_ascii=False).encode()  # a lone surrogate could not be reported or stored
     except (ValueError, RecursionError) as error:
         detail = "too deeply nested" if isinstance(error, RecursionError) else str(error)[:120]
-        _fail("config_not_json", file, None, f"not valid JSON ({detail})")
+        _fail("config_not_json", file, None, f"not valid JSON ({detail})", remedy=_AS_SAVED)
     if not isinstance(raw, dict):
-        _fail("config_not_json", file, None, "not a JSON object")
+        _fail("config_not_json", file, None, "not a JSON object", remedy=_AS_SAVED)
     return raw
 
 
@@ -234,7 +246,8 @@ def _check_init(value: object, file: str) -> None:
                   remedy="Save it with path_initial_model_for_weight_conversion, which converts it "
                   "to a plain LoRA")  # fmt: skip
     _fail("init_lora_weights_unknown", file, "init_lora_weights",
-          f"init_lora_weights {text[:40]!r} is not known")  # fmt: skip
+          f"init_lora_weights {text[:40]!r} is not known",
+          remedy="If training started from the published base weights, set it to true")  # fmt: skip
 
 
 def _fail(code: str, file: str, field: str | None, what: str, *, remedy: str | None = None) -> NoReturn:

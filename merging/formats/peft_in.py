@@ -11,7 +11,7 @@ from merging.formats.guard import Header
 from merging.formats.loaded import Adapter, Module
 from merging.formats.peft_config import AdapterConfig, parse_adapter_config
 from merging.formats.peft_keys import ParsedKey, Role, config_path, is_lora_key, parse_key
-from merging.formats.shapes import Shapes, common_dtype, fail
+from merging.formats.shapes import DAMAGED, Shapes, common_dtype, fail, stored_twice
 from merging.formats.source import CONFIG_NAME, Source
 from merging.formats.tensors import TensorFile
 
@@ -51,7 +51,7 @@ def read(source: Source, header: Header, label: str) -> Adapter:
     for name, roles in sorted(pairs.items()):
         for module in reader.modules(name, roles):
             if module.name in modules:
-                fail("duplicate_module", file, module.name, "is stored under two names")
+                stored_twice(file, module.name)
             modules[module.name] = module
     reader.check_parameters(modules)
     warnings = [*source.notes, *config.notes, *notes, *_untargeted(modules, config)]
@@ -99,13 +99,14 @@ def _sort_keys(header: Header, file: str) -> tuple[dict[str, dict[Role, str]], d
     fragments: dict[str, int] = {}
     for key in header.tensors:
         if ".lora_mid." in key:
-            fail("tucker_unsupported", file, key, f"holds {key}, a Tucker core, which PEFT does not know")
+            fail("tucker_unsupported", file, key, f"holds {key}, a Tucker core, which PEFT does not know",
+                 remedy="Give the single file without an adapter_config.json")  # fmt: skip
         parsed: ParsedKey = parse_key(key)
         if parsed.stripped:
             fragments[parsed.stripped] = fragments.get(parsed.stripped, 0) + 1
         if parsed.role is None:
             if parsed.path in full:
-                fail("duplicate_module", file, parsed.path, "is stored under two keys")
+                stored_twice(file, parsed.path)
             full[parsed.path] = key
             continue
         names.setdefault(parsed.adapter_name, key)
@@ -115,7 +116,7 @@ def _sort_keys(header: Header, file: str) -> tuple[dict[str, dict[Role, str]], d
             fail("several_adapters", file, None, f"holds more than one adapter: {shown}",
                  remedy="Save one adapter per file")  # fmt: skip
         if parsed.role in roles:
-            fail("duplicate_module", file, parsed.path, "is stored under two keys")
+            stored_twice(file, parsed.path)
         roles[parsed.role] = key
     notes = [f"'{name}.' was removed from {count} keys" for name, count in fragments.items()]
     return pairs, full, notes
@@ -136,11 +137,12 @@ class _Reader(Shapes):
         if not parameters:
             if depth(name):
                 self.fail("target_parameters_unsupported", name,
-                          f"wraps a bare parameter that {CONFIG_NAME} does not name")  # fmt: skip
+                          f"wraps a bare parameter that {CONFIG_NAME} does not name",
+                          remedy="Name it in target_parameters")  # fmt: skip
             return [self.module(name, roles, config_path(name), 1)]
         if depth(name) >= len(parameters) or self.config.fan_in_fan_out:
             self.fail("target_parameters_unsupported", name, "does not fit target_parameters "
-                      f"({', '.join(targets[:10])})")  # fmt: skip
+                      f"({', '.join(targets[:10])})", remedy=DAMAGED)  # fmt: skip
         settings = {(self.config.rank_of(path), self.config.scale_of(path)) for path in parameters}
         if len(settings) > 1:
             self.fail("target_parameters_unsupported", name, "has parameters of different rank or alpha, and "
@@ -151,10 +153,13 @@ class _Reader(Shapes):
         count = max(1, (stored[0] if stored else 1) // rank)
         self.experts += count
         if self.experts > MAX_EXPERTS:
-            self.fail("target_parameters_unsupported", name, f"brings the experts to more than {MAX_EXPERTS}")
+            self.fail("target_parameters_unsupported", name, f"brings the experts to more than {MAX_EXPERTS}",
+                      remedy="Check r, which tells how many experts a pair of factors is for")  # fmt: skip
         pair = self.module(name, roles, parameters[0], count)
         if pair.kind != "linear":
-            self.fail("target_parameters_unsupported", name, f"adapts a parameter as {pair.kind}")
+            self.fail(
+                "target_parameters_unsupported", name, f"adapts a parameter as {pair.kind}", remedy=DAMAGED
+            )
         experts = (Expert(name, index, count) for index in range(count))
         return [replace(pair, name=expert.name, rank=rank, expert=expert) for expert in experts]
 
@@ -182,7 +187,8 @@ class _Reader(Shapes):
         missing = [role for role in expected if role not in roles]
         if missing or len(roles) != 2:
             self.fail("incomplete_pair", name, "has " + ", ".join(f"lora_{r}" for r in roles)
-                      + f" but needs exactly lora_{expected[0]} and lora_{expected[1]}")  # fmt: skip
+                      + f" but needs exactly lora_{expected[0]} and lora_{expected[1]}",
+                      remedy=DAMAGED)  # fmt: skip
         key_A, key_B = roles[expected[0]], roles[expected[1]]
         info_A, info_B = self.factor(name, key_A), self.factor(name, key_B)
         if embedding or len(info_A.shape) == len(info_B.shape) == 2:
@@ -194,7 +200,8 @@ class _Reader(Shapes):
         stated = self.config.rank_of(path) * count
         if stated != rank:
             self.fail("rank_mismatch", name, f"has rank {rank} in the weights and {stated} in "
-                      f"{CONFIG_NAME}")  # fmt: skip
+                      f"{CONFIG_NAME}", remedy="Correct r or rank_pattern; PEFT sorts the patterns when it "
+                      "saves, so each module should be hit by one only")  # fmt: skip
         kinds = {True: "embedding", False: "linear" if len(shape) == 2 else "conv2d"}
         return Module(
             name=name,

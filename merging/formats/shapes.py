@@ -9,6 +9,8 @@ from merging.errors import InputError
 from merging.formats.guard import TensorInfo
 
 FACTOR_DTYPES = ("F64", "F32", "F16", "BF16")
+DAMAGED = "The file is not as its trainer saved it; export it again"
+WITHOUT_LAYER = "Train without such layers, or merge it into its base model first and merge the checkpoints"
 Shape = tuple[int, ...]
 
 
@@ -31,7 +33,8 @@ class Shapes:
                       "gather the full parameters before save_pretrained")  # fmt: skip
         if info.dtype not in FACTOR_DTYPES:
             self.fail("factor_dtype", name, f"has {key} of dtype {info.dtype}; "
-                      "F64, F32, F16 and BF16 are accepted")  # fmt: skip
+                      "F64, F32, F16 and BF16 are accepted",
+                      remedy="Save the adapter in one of these")  # fmt: skip
         return info
 
     def linear(self, name: str, A: Shape, B: Shape) -> tuple[int, int, int]:
@@ -49,18 +52,19 @@ class Shapes:
             self.misfit(name, A, B)
         if len(A) != 4:
             self.fail("conv_unsupported", name, f"is a {len(A) - 2}-dimensional convolution; "
-                      "two-dimensional ones are supported")  # fmt: skip
+                      "two-dimensional ones are supported",
+                      remedy=WITHOUT_LAYER)  # fmt: skip
         rank, groups = A[0], A[0] // B[1]
         if rank != B[1]:
             if groups > 1 and groups * B[1] == rank:
                 self.fail("grouped_conv_unsupported", name, f"is a convolution with {groups} groups, "
-                          "whose update is not one low-rank matrix")  # fmt: skip
+                          "whose update is not one low-rank matrix", remedy=WITHOUT_LAYER)  # fmt: skip
             self.misfit(name, A, B)
         return rank, (B[0], *A[1:])
 
     def misfit(self, name: str, A: Shape, B: Shape) -> NoReturn:
         """The factors cannot be multiplied."""
-        self.fail("factor_shape", name, f"has A {A} and B {B}, which do not multiply")
+        self.fail("factor_shape", name, f"has A {A} and B {B}, which do not multiply", remedy=DAMAGED)
 
     def fail(self, code: str, name: str, what: str, *, remedy: str | None = None) -> NoReturn:
         """Refuse the file because of a module."""
@@ -86,3 +90,10 @@ def fail(
     """Raise an :class:`InputError` about a file and, if there is one, a module in it."""
     where = {"file": file} | ({"module": module} if module else {})
     raise InputError(code, f"{subject or file} {what}", remedy=remedy, where=where)
+
+
+def stored_twice(file: str, module: str, keys: tuple[str, str] | None = None) -> NoReturn:
+    """Refuse a file that says two things about one module."""
+    which = f": {keys[0]} and {keys[1]}" if keys else ""
+    fail("duplicate_module", file, module, f"is stored under two names{which}",
+         remedy="Remove one of them", subject=f"{file}: {module}")  # fmt: skip

@@ -15,6 +15,8 @@ CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 DIFFUSERS_NAME = "pytorch_lora_weights.safetensors"
 _MAX_ENTRIES = 1_000
+_GIVE = "Give the folder of an adapter, or the .safetensors file of a kohya or diffusers LoRA"
+_AS_SAVED = f"Put {CONFIG_NAME} there as PEFT's save_pretrained wrote it"
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,14 +54,14 @@ def locate(path: str | Path) -> Source:
     if path.is_dir():
         return _from_folder(path)
     if not path.exists():
-        raise _error("adapter_not_found", path, "does not exist")
+        raise _error("adapter_not_found", path, "does not exist", remedy=_GIVE)
     if path.suffix == ".safetensors":
         if path.name == WEIGHTS_NAME and (path.parent / CONFIG_NAME).is_file():
             return _from_folder(path.parent)
         return Source(path.parent, path, None, single=True)
     if path.suffix in PICKLE_SUFFIXES:
         raise _pickle(path)
-    raise _error("adapter_not_found", path, "is neither a folder nor a .safetensors file")
+    raise _error("adapter_not_found", path, "is neither a folder nor a .safetensors file", remedy=_GIVE)
 
 
 def _from_folder(folder: Path) -> Source:
@@ -76,7 +78,8 @@ def _from_folder(folder: Path) -> Source:
     if not os.path.lexists(weights):
         if pickles:
             raise _pickle(folder / pickles[0])
-        raise _error("adapter_weights_missing", folder, f"has no {WEIGHTS_NAME}")
+        raise _error("adapter_weights_missing", folder, f"has no {WEIGHTS_NAME}",
+              remedy=f"Put it beside {CONFIG_NAME}")  # fmt: skip
     check_inside(folder, weights)
     notes = tuple(f"{name} was ignored; the weights of {WEIGHTS_NAME} count" for name in pickles)
     return Source(folder, weights, data, notes)
@@ -127,7 +130,8 @@ def _names(folder: Path) -> list[str]:
         for entry in entries:
             names.append(entry.name)
             if len(names) > _MAX_ENTRIES:
-                raise _error("adapter_not_found", folder, f"has more than {_MAX_ENTRIES} entries")
+                raise _error("adapter_not_found", folder, f"has more than {_MAX_ENTRIES} entries",
+                      remedy=_GIVE)  # fmt: skip
     return sorted(names)
 
 
@@ -137,22 +141,27 @@ def _read_config(folder: Path, path: Path) -> bytes:
         with open_regular(path) as (handle, status):
             if status.st_size > MAX_CONFIG_BYTES:
                 what = f"has {status.st_size} bytes, the limit is {MAX_CONFIG_BYTES}"
-                raise _error("config_too_large", path, what)
+                raise _error("config_too_large", path, what, remedy=_AS_SAVED)
             return read_at(handle, MAX_CONFIG_BYTES + 1, 0)
     except OSError as error:
-        raise _error("not_a_regular_file", path, f"cannot be read ({error.strerror})") from None
+        raise _error("not_a_regular_file", path, f"cannot be read ({error.strerror})",
+              remedy=_AS_SAVED) from None  # fmt: skip
 
 
 def check_inside(folder: Path, path: Path) -> None:
     """A link may stay in the folder or, in a Hugging Face cache, point into the cache's own blobs."""
     if not path.is_symlink():
         return
-    target = path.resolve()
+    try:
+        target = path.resolve()
+    except (OSError, RuntimeError):
+        target = Path("/")  # links in a circle
     roots = [folder.resolve()]
     if roots[0].parent.name == "snapshots":
         roots.append(roots[0].parents[1] / "blobs")
     if not any(target.is_relative_to(root) for root in roots):
-        raise _error("link_outside_folder", path, "is a link to a file outside its folder")
+        raise _error("link_outside_folder", path, "is a link to a file outside its folder",
+              remedy="Put the file itself there")  # fmt: skip
 
 
 def _pickle(path: Path) -> InputError:

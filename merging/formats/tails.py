@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 
 from merging.errors import InputError
+from merging.formats.peft_config import CONVERT
 
 _Refusal = tuple[str, str]
 
@@ -68,7 +69,7 @@ def refuse_unsupported(keys: Collection[str], file: str) -> None:
             raise InputError(
                 code,
                 f"{file}: tensor {key} is {what}; it cannot be merged as a LoRA",
-                remedy="Merge it into its base model first, or convert it to a plain LoRA",
+                remedy=CONVERT,
                 where={"file": file, "tensor": key},
             )
 

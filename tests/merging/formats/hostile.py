@@ -172,6 +172,8 @@ def _modules() -> Iterator[Case]:
     }.items():
         yield _tensors(f"tail_{tail}", {**pair, f"{module}.{tail}": (2,)}, f"{code}_unsupported")
     yield _tensors("prompt_tuning", {"prompt_embeddings": (4, 8)}, "prompt_learning_unsupported")
+    tuner = {f"{module}.fourierft_spectrum": (10,)}
+    yield _tensors("other_tuner", tuner, "peft_type_unsupported", peft_type="FOURIERFT")
     yield _tensors("checkpoint", {"model.layers.0.q.weight": (4, 4)}, "unknown_format")
 
 
@@ -196,6 +198,14 @@ def _folders() -> Iterator[Case]:
 
         return build
 
+    def circle(name: str) -> Callable[[Path], None]:
+        def build(folder: Path) -> None:
+            write_adapter(folder)
+            (folder / name).unlink()
+            (folder / name).symlink_to(name)
+
+        return build
+
     def pipe(name: str) -> Callable[[Path], None]:
         def build(folder: Path) -> None:
             write_adapter(folder)
@@ -210,5 +220,7 @@ def _folders() -> Iterator[Case]:
     yield Case("two_adapters_below", two_below, "several_adapters", upload=False)
     yield Case("config_link_outside", linked(config), "link_outside_folder", upload=False)
     yield Case("weights_link_outside", linked(weights), "link_outside_folder", upload=False)
+    yield Case("config_link_circle", circle(config), "link_outside_folder", upload=False)
+    yield Case("weights_link_circle", circle(weights), "link_outside_folder", upload=False)
     yield Case("config_pipe", pipe(config), "not_a_regular_file", upload=False)
     yield Case("weights_pipe", pipe(weights), "safetensors_not_a_file", upload=False)

@@ -36,6 +36,17 @@ def test_refused_with_its_code(case: Case, tmp_path: Path) -> None:
     assert seconds < 1.0
     assert len(caught.value.message) < 2_000
     assert caught.value.message.isprintable()
+    assert caught.value.remedy
+    assert caught.value.where["file"]
+
+
+def test_an_error_names_the_adapter_among_many(tmp_path: Path) -> None:
+    case = next(case for case in cases() if case.name == "rank_of_config_wrong")
+    case.build(tmp_path / "adapter")
+    with pytest.raises(InputError) as caught:
+        open_adapter(tmp_path / "adapter", label="team/third@2")
+    assert caught.value.message.startswith("team/third@2: adapter_model.safetensors: module layers.0.q ")
+    assert caught.value.where["model"] == "team/third@2"
 
 
 @pytest.mark.parametrize(
