@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import json
 import time
 from collections.abc import AsyncIterator
@@ -27,6 +26,7 @@ from service.names import check_model, check_path, size_limit
 from service.quota import Reservations
 from service.registry import Registry
 from service.storage import Blob, DigestMismatch, Storage, StreamTooLong, blob_key
+from service.upload_parts import Parts, part_missing
 from service.upload_sessions import (
     MAX_PARTS,
     PART_BYTES,
@@ -35,14 +35,12 @@ from service.upload_sessions import (
     id_of,
     is_over,
     part_key,
-    part_name,
     parts_prefix,
     session_key,
 )
 
 _HEAD = 512
 _LOCK_SECONDS = 30
-_RENEW_SECONDS = 5.0
 
 
 class BusyUpload(Conflict):
@@ -65,6 +63,7 @@ class Uploads:
         file_limit: int,
         seconds: int,
     ) -> None:
+        self.parts = Parts(storage)
         self._storage = storage
         self._redis = connection
         self._events = events
@@ -133,84 +132,27 @@ class Uploads:
             raise Gone("upload_expired", f"the upload {upload_id} has expired", remedy="Start it anew")
         return found
 
-    def received(self, upload: Upload) -> list[int]:
-        """The numbers of the parts that are there as a whole, sorted."""
-        if upload.complete:
-            return list(range(1, upload.count + 1))
-        sizes = {key.rpartition("/")[2]: size for key, size in self._storage.keys(parts_prefix(upload))}
-        return [n for n in range(1, upload.count + 1) if sizes.get(part_name(n)) == upload.length(n)]
-
-    async def put_part(
-        self, upload: Upload, number: int, chunks: AsyncIterator[bytes], *, expect: str | None = None
-    ) -> str:
-        """Store a part; its sha256. Nothing is kept of one that breaks off or has a wrong size or digest.
-
-        Raises ``part_number_invalid``, ``upload_complete``, ``part_too_large``, ``part_size_mismatch``,
-        ``content_digest_mismatch``.
-        """
-        where = {"field": "number"}
-        if not 1 <= number <= upload.count:
-            raise ServiceError(
-                "part_number_invalid",
-                f"the parts are numbered 1 to {upload.count}, not {number}",
-                where=where,
-            )
-        if upload.complete:
-            raise Conflict("upload_complete", f"the upload {upload.id} is complete already")
-        length = upload.length(number)
-        digest = hashlib.sha256()
-        size = 0
-
-        async def checked() -> AsyncIterator[bytes]:
-            nonlocal size
-            async for chunk in chunks:
-                size += len(chunk)
-                if size > length:
-                    raise TooLarge(
-                        "part_too_large", f"part {number} has {length} bytes, not more", where=where
-                    )
-                digest.update(chunk)
-                if chunk:
-                    yield chunk
-            if size < length:
-                raise ServiceError(
-                    "part_size_mismatch", f"part {number} has {length} bytes; {size} came", where=where
-                )
-            if expect not in (None, digest.hexdigest()):
-                raise ServiceError(
-                    "content_digest_mismatch",
-                    f"part {number} arrived with the sha256 {digest.hexdigest()}, not as promised",
-                    remedy="Send it again",
-                    where=where,
-                )
-
-        await self._storage.write_stream(part_key(upload, number), checked())
-        return digest.hexdigest()
-
     async def complete(self, upload: Upload) -> Upload:
         """Make the parts one file of the next revision; again is fine.
 
-        Raises ``part_missing``, ``upload_digest_mismatch`` (all parts are then dropped), the refusals of
-        foreign formats, and ``upload_busy``.
+        Raises ``part_missing``, ``part_size_mismatch`` and ``upload_digest_mismatch`` (such parts are then
+        dropped), the refusals of foreign formats, and ``upload_busy``.
         """
         async with self._alone(upload) as renew:
             upload = await asyncio.to_thread(self.get, upload.tenant, upload.id)
             if upload.complete:
                 return upload
-            there = await asyncio.to_thread(self.received, upload)
-            missing = [number for number in range(1, upload.count + 1) if number not in there]
-            if missing:
-                raise _missing(missing)
+            await asyncio.to_thread(self.parts.demand_all, upload)
             head = await asyncio.to_thread(self._storage.first_bytes, part_key(upload, 1), _HEAD)
             refuse_foreign(head, upload.name)
             try:
                 blob = await self._storage.put_stream(
-                    upload.tenant, self._joined(upload, renew), limit=upload.size, expect=upload.sha256
+                    upload.tenant, self.parts.joined(upload, renew), limit=upload.size, expect=upload.sha256
                 )
             except FileNotFoundError:
-                raise _missing([]) from None
+                raise part_missing([]) from None
             except (DigestMismatch, StreamTooLong):
-                await asyncio.to_thread(self._storage.delete_prefix, parts_prefix(upload))
+                await asyncio.to_thread(self.parts.drop, upload)
                 raise ServiceError(
                     "upload_digest_mismatch",
                     f"{upload.name} has another sha256 than was announced; its parts were dropped",
@@ -224,19 +166,8 @@ class Uploads:
         done = upload.model_copy(update={"complete": True})
         self._save(done)
         self._reservations.settle(upload.tenant, upload.id, kept=blob.size if blob.new else 0)
-        self._storage.delete_prefix(parts_prefix(upload))
+        self.parts.drop(upload)
         return done
-
-    async def _joined(self, upload: Upload, renew: Any) -> AsyncIterator[bytes]:
-        renewed = time.monotonic()
-        for number in range(1, upload.count + 1):
-            key = part_key(upload, number)
-            part = await asyncio.to_thread(self._storage.stream, key, 0, upload.length(number))
-            async for chunk in part:
-                yield chunk
-                if time.monotonic() - renewed > _RENEW_SECONDS:
-                    await renew()
-                    renewed = time.monotonic()
 
     async def abort(self, upload: Upload) -> None:
         """End a session and drop its parts. A file that it has staged stays. Raises ``upload_busy``."""
@@ -280,9 +211,11 @@ class Uploads:
 def expired(storage: Storage, connection: redis.Redis, moment: float) -> list[str]:
     """Remove the sessions of all tenants that have expired at ``moment`` (seconds since the epoch).
 
-    Their parts go and what was reserved for them is given back. The ids of the removed ones, sorted.
+    Their parts go and what was reserved for them is given back. The ids of the removed ones, sorted. Of the
+    others those parts go that were sent to a bucket and are larger or smaller than announced.
     """
     reservations = Reservations(connection, 0)
+    parts = Parts(storage)
     gone: list[str] = []
     for key, _ in storage.keys(SESSIONS):
         data = storage.get_json(key)
@@ -292,6 +225,8 @@ def expired(storage: Storage, connection: redis.Redis, moment: float) -> list[st
         if is_over(upload, moment):
             _remove(storage, reservations, upload)
             gone.append(upload.id)
+        elif not upload.complete:
+            parts.drop_wrong(upload)
     return sorted(gone)
 
 
@@ -299,9 +234,3 @@ def _remove(storage: Storage, reservations: Reservations, upload: Upload) -> Non
     storage.delete_prefix(parts_prefix(upload))
     storage.delete(session_key(upload.tenant, upload.id))
     reservations.settle(upload.tenant, upload.id, kept=0)
-
-
-def _missing(numbers: list[int]) -> Conflict:
-    some = ", ".join(map(str, numbers[:10])) + (" and others" if len(numbers) > 10 else "")
-    told = f"the parts {some} are not there" if numbers else "a part is not there any more"
-    return Conflict("part_missing", told, remedy="GET the upload: it tells which parts are missing")

@@ -35,6 +35,7 @@ def remote_models(recipe: Recipe) -> tuple[str, ...]:
 
 
 def bring(
+    tenant: str,
     recipe: Recipe,
     hubs: Hubs,
     folder: Path,
@@ -47,8 +48,8 @@ def bring(
     """Look up and download what lies on other hubs, at most ``limit`` bytes in all.
 
     Each reference is looked up once, so that a branch that moves meanwhile makes no difference. ``tick`` is
-    told what comes next, ``demand`` how many bytes; both may raise. Raises ``hub_too_large`` and the errors of
-    :class:`RemoteHub`.
+    told what comes next, ``demand`` how many bytes; both may raise.
+    Raises ``hub_too_large`` and the errors of :class:`RemoteHub`.
     """
     names: dict[str, str] = {}
     folders: dict[str, Path] = {}
@@ -56,7 +57,7 @@ def bring(
     total = 0
     for text in remote_models(recipe):
         reference = hubs.find(text)
-        hub = connect(reference.endpoint, hubs.token_for(reference.endpoint))
+        hub = connect(reference.endpoint, hubs.token_for(tenant, reference.endpoint, reference.repo))
         tick(f"looking up {text}")
         snapshot = hub.look_up(reference)
         total += snapshot.size

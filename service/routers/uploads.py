@@ -90,7 +90,7 @@ async def put_part(
     try:
         upload = await run_in_threadpool(services.uploads.get, tenant, upload_id)
         expect = promised_sha256(content_digest)
-        sha256 = await services.uploads.put_part(upload, number, request.stream(), expect=expect)
+        sha256 = await services.uploads.parts.put(upload, number, request.stream(), expect=expect)
     except ClientDisconnect as error:
         raise BadRequest("upload_interrupted", f"part {number} broke off") from error
     except MergeError:
@@ -128,7 +128,7 @@ async def abort_upload(services: ServicesDep, tenant: TenantDep, upload_id: Uplo
 
 def shown(request: Request, services: Services, upload: Upload) -> UploadSession:
     """The public form of a session."""
-    received = frozenset(services.uploads.received(upload))
+    received = frozenset(services.uploads.parts.received(upload))
     numbers = range(1, upload.count + 1)
     return UploadSession.model_validate(
         {

@@ -25,7 +25,7 @@ from service.quota import usage_key
 from service.registry import Registry
 from service.settings import Settings
 from service.storage import Storage
-from service.upload_sessions import part_key
+from service.upload_sessions import Upload, part_key
 from service.uploads import Uploads, expired
 from tests.running import Up
 from tests.seaweed import Seaweed, in_bucket
@@ -299,6 +299,49 @@ def test_parts_can_go_straight_to_the_bucket(seaweed: Seaweed, bare: httpx.Clien
         running.stop()
 
 
+class TestPartsThatWentStraightToTheBucket:
+    """Their URLs say nothing of sizes, so they are looked at afterwards."""
+
+    @pytest.fixture
+    def sent(
+        self, seaweed: Seaweed, redis_server: EmbeddedRedis, connection: redis.Redis, tmp_path: Path
+    ) -> tuple[Storage, Uploads, Upload]:
+        """A session of three parts, of which the second has twice its size."""
+        storage = seaweed.storage()
+        some = uploads(storage, redis_server, connection, tmp_path)
+        content = text(3 * STEP)
+        upload, _ = some.open(
+            "acme", size=len(content), sha256=hashlib.sha256(content).hexdigest(), part_size=STEP
+        )
+        for number, piece in pieces(content).items():
+            url = storage.presigned("PUT", part_key(upload, number), 60)
+            assert url is not None
+            assert httpx.put(url, content=piece * (2 if number == 2 else 1), trust_env=False).is_success
+        return storage, some, upload
+
+    def test_one_of_another_size_does_not_stay(self, sent: tuple[Storage, Uploads, Upload]) -> None:
+        storage, some, upload = sent
+
+        async def work() -> None:
+            assert some.parts.received(upload) == [1, 3]
+            with pytest.raises(MergeError) as raised:
+                await some.complete(upload)
+            assert (raised.value.code, storage.size(part_key(upload, 2))) == ("part_size_mismatch", None)
+            assert f"{2 * STEP} came" in raised.value.message
+            await some.parts.put(upload, 2, stream(pieces(text(3 * STEP))[2]))
+            assert (await some.complete(upload)).complete
+
+        asyncio.run(work())
+
+    def test_nor_does_it_if_nobody_completes_the_upload(
+        self, sent: tuple[Storage, Uploads, Upload], connection: redis.Redis
+    ) -> None:
+        storage, some, upload = sent
+        assert expired(storage, connection, time.time()) == []
+        assert storage.size(part_key(upload, 2)) is None
+        assert some.parts.received(upload) == [1, 3]
+
+
 class TestAnyStorage:
     """What does not need the API, over a folder and over a real bucket."""
 
@@ -320,10 +363,10 @@ class TestAnyStorage:
             for number, piece in sorted(pieces(content).items(), reverse=True):
                 direct = place.presigned("PUT", part_key(upload, number), 60)
                 if direct is None:
-                    await some.put_part(upload, number, stream(piece))
+                    await some.parts.put(upload, number, stream(piece))
                 else:
                     assert httpx.put(direct, content=piece, trust_env=False).is_success
-            assert some.received(upload) == [1, 2, 3, 4]
+            assert some.parts.received(upload) == [1, 2, 3, 4]
             assert (await some.complete(upload)).complete
 
         asyncio.run(work())
@@ -336,7 +379,7 @@ class TestAnyStorage:
         some = uploads(place, redis_server, connection, tmp_path, seconds=60)
         content = text(STEP)
         upload, _ = some.open("acme", size=STEP, sha256=hashlib.sha256(content).hexdigest())
-        asyncio.run(some.put_part(upload, 1, stream(content)))
+        asyncio.run(some.parts.put(upload, 1, stream(content)))
         assert expired(place, connection, time.time()) == []
         assert int(connection.get(usage_key("acme")) or 0) == STEP
         assert expired(place, connection, time.time() + 61) == [upload.id]
@@ -386,7 +429,7 @@ class TestAnyStorage:
         upload, _ = some.open("acme", size=1000, sha256=hashlib.sha256(content).hexdigest())
 
         async def work() -> list[Any]:
-            await some.put_part(upload, 1, stream(content))
+            await some.parts.put(upload, 1, stream(content))
             return await asyncio.gather(*(some.complete(upload) for _ in range(5)), return_exceptions=True)
 
         outcomes = asyncio.run(work())
