@@ -7,7 +7,7 @@ import redis
 from service.broker import PACE, QUEUES, queue_name, text
 from service.clock import millis, now
 from service.documents import MergeRecord
-from service.sizes import served, size_for
+from service.sizes import served, size_for, workers
 
 _WEIGHT = 0.3
 _TELLING = 0.1
@@ -59,5 +59,4 @@ def eta(connection: redis.Redis, record: MergeRecord, before: int | None) -> flo
     pace = connection.get(PACE) if before is not None else None
     if before is None or pace is None:
         return None
-    workers = max(1, connection.scard("rq:workers"))
-    return round(float(text(pace)) * (before // workers + 1), 1)
+    return round(float(text(pace)) * (before // max(1, workers(connection)) + 1), 1)

@@ -17,17 +17,24 @@ def page(
 ) -> tuple[list[str], str | None]:
     """Up to ``limit`` members after ``cursor``, and the cursor of the next page or None.
 
-    New members do not shift a page; a member removed meanwhile is passed over by its score.
+    New members do not shift a page, nor do members that leave.
     """
     start = 0
     if cursor is not None:
         score, member = _decode(cursor)
         rank = connection.zrevrank(key, member)
-        start = connection.zcount(key, score, "+inf") if rank is None else cast(int, rank) + 1
+        start = _before(connection, key, score, member) if rank is None else cast(int, rank) + 1
     found: Any = connection.zrevrange(key, start, start + limit, withscores=True)
     rows = [(text(member), int(score)) for member, score in found]
     more = rows[limit - 1] if len(rows) > limit else None
     return [member for member, _ in rows[:limit]], _encode(*more) if more else None
+
+
+def _before(connection: redis.Redis, key: str, score: int, member: str) -> int:
+    """How many members stand before a place where none is any more."""
+    same: Any = connection.zrangebyscore(key, score, score)
+    later = sum(1 for item in same if text(item) > member)
+    return int(connection.zcount(key, f"({score}", "+inf")) + later
 
 
 def _encode(member: str, score: int) -> str:

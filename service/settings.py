@@ -13,6 +13,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from merging.errors import InputError
 from service.addresses import with_parameters
+from service.remote.grants import Grants
 
 GIB = 1 << 30
 LOCAL_TENANT = "local"
@@ -76,6 +77,8 @@ class Settings(BaseSettings):
     """Comma-separated: the hubs that merges may import from and push to; the first is the default."""
     hf_token: SecretStr | None = Field(default=None, exclude=True)
     """For the first of these hubs only. It passes to workers in their environment, and nowhere else."""
+    hf_grants: str = f"{LOCAL_TENANT}:*"
+    """Comma-separated ``tenant:org`` or ``tenant:org/name``, ``*`` for any: who has the use of this token."""
 
     @field_validator("data_dir")
     @classmethod
@@ -109,6 +112,12 @@ class Settings(BaseSettings):
             if parts.scheme not in ("http", "https") or not parts.hostname or not plain:
                 raise ValueError(f"{item!r} does not look like https://host[:port][/prefix]")
         return ",".join(endpoints)
+
+    @field_validator("hf_grants")
+    @classmethod
+    def _grants(cls, value: str) -> str:
+        Grants.parse(value)
+        return value
 
     @model_validator(mode="before")
     @classmethod

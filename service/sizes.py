@@ -40,9 +40,21 @@ def served(connection: redis.Redis) -> list[int]:
         for size in SIZES:
             pipe.smembers(f"rq:workers:{queue_name('normal', size)}")
         registered = [sorted(text(name) for name in names) for names in pipe.execute()]
-    names = sorted({name for some in registered for name in some})
-    alive = {name: bool(connection.exists(name)) for name in names}
-    return [size for size, some in zip(SIZES, registered, strict=True) if any(alive[name] for name in some)]
+    alive = _alive(connection, sorted({name for some in registered for name in some}))
+    return [size for size, some in zip(SIZES, registered, strict=True) if alive.intersection(some)]
+
+
+def workers(connection: redis.Redis) -> int:
+    """How many workers there are. A machine that lost its power has not taken its workers off the list."""
+    return len(_alive(connection, sorted(text(name) for name in connection.smembers("rq:workers"))))
+
+
+def _alive(connection: redis.Redis, names: list[str]) -> set[str]:
+    """Those of some registered workers that were heard of lately."""
+    with connection.pipeline(transaction=False) as pipe:
+        for name in names:
+            pipe.exists(name)
+        return {name for name, there in zip(names, pipe.execute(), strict=True) if there}
 
 
 def move_up(

@@ -153,13 +153,13 @@ class Sources:
             )
         return f"{manifest.model}@{manifest.revision}"
 
-    def bring(self, recipe: Recipe, folder: Path, tick: Callable[[str], None]) -> Imported:
+    def bring(self, tenant: str, recipe: Recipe, folder: Path, tick: Callable[[str], None]) -> Imported:
         """Download what lies on other hubs; for workers, never for requests. See :func:`imports.bring`."""
 
         def demand(size: int) -> None:
             self._storage.demand_scratch(folder.parent, size)
 
-        return bring(recipe, self._hubs, folder, limit=self._import_limit, tick=tick, demand=demand)
+        return bring(tenant, recipe, self._hubs, folder, limit=self._import_limit, tick=tick, demand=demand)
 
     def place(
         self,
@@ -204,7 +204,7 @@ class Sources:
         read = base is not None and (base.revision or self._reads_base(tenant, recipe, models))
         return [*models, *([str(base)] if read else []), *data_references(recipe).values()]
 
-    def sums(self, tenant: str, recipe: Recipe) -> dict[str, dict[str, str]]:
+    def sums(self, tenant: str, recipe: Work) -> dict[str, dict[str, str]]:
         """The sha256 of every file of the placed inputs, by reference and path: known since the upload."""
         found = {}
         for name in dict.fromkeys(self._named(tenant, recipe)):

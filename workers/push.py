@@ -79,6 +79,7 @@ def _send(record: MergeRecord, push: Push, storage: Storage, hubs: Hubs, folder:
             storage.fetch(key, folder / entry.path)
         except FileNotFoundError:
             raise MergeFailure("content_missing", f"{entry.path} of the result is gone") from None
-    hub = RemoteHub(push.endpoint, hubs.token_for(push.endpoint))
+    hubs.demand_push(record.tenant, push.endpoint, push.repo)  # nor may the grant have been taken back
+    hub = RemoteHub(push.endpoint, hubs.token_for(record.tenant, push.endpoint, push.repo))
     message = f"Merge by {record.recipe['merge_method']} ({record.id})"
     return hub.push(folder, push.repo, revision=push.revision, private=push.private, message=message)

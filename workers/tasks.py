@@ -93,11 +93,11 @@ class Task(Attempt):
         commits: dict[str, str] = {}
         if isinstance(work, Recipe):
             imported = sources.bring(
-                work, folder / "imports", lambda message: self.advance("inputs", 0.0, message)
+                self._tenant, work, folder / "imports", lambda message: self.advance("inputs", 0.0, message)
             )
             work, folders, commits = imported.recipe, imported.folders, imported.commits
         find = sources.place(self._tenant, work, folder / "inputs", folders, outlines=True)
-        if self._splitter is not None and isinstance(work, Recipe) and not folders:
+        if self._splitter is not None and not folders:
             split = self._splitter.split(self, record, work, sources, find)
             if split:
                 return

@@ -189,13 +189,15 @@ def _ours(error: Exception, what: str) -> MergeError | None:
         return InputError(
             "hub_denied",
             f"the hub does not give access to {what}",
-            remedy="The operator sets a token that may, in MERGANSER_HF_TOKEN",
+            remedy="The operator sets a token that may, in MERGANSER_HF_TOKEN, and lets you use it there, "
+            "in MERGANSER_HF_GRANTS",
             where=where,
         )
     if status == 404 or "RepositoryNotFoundError" in kinds or "RevisionNotFoundError" in kinds:
         return InputError(
             "hub_not_found",
-            f"the hub has no {what}, or not for the token of this service",
+            f"the hub has no {what}, or does not show it to you",
+            remedy="A private one needs a token of the operator, who lets you use it in MERGANSER_HF_GRANTS",
             where=where,
         )
     if isinstance(status, int) and 400 <= status < 500 and status not in (408, 429):

@@ -10,6 +10,7 @@ import re
 from dataclasses import dataclass
 
 from merging.errors import InputError
+from service.remote.grants import NOBODY, Grants
 from service.settings import Settings
 
 SCHEME = "hf://"
@@ -41,16 +42,30 @@ class Hubs:
 
     endpoints: tuple[str, ...]
     token: str | None = None
+    grants: Grants = NOBODY
 
     @classmethod
     def of(cls, settings: Settings) -> Hubs:
         """Those of the settings."""
         token = settings.hf_token
-        return cls(settings.hf_endpoint_list, token.get_secret_value() if token else None)
+        grants = Grants.parse(settings.hf_grants)
+        return cls(settings.hf_endpoint_list, token.get_secret_value() if token else None, grants)
 
-    def token_for(self, endpoint: str) -> str | None:
-        """The token for an endpoint."""
-        return self.token if self.endpoints[:1] == (endpoint,) else None
+    def token_for(self, tenant: str, endpoint: str, repo: str) -> str | None:
+        """The token for a repository at an endpoint, if the tenant is to have it."""
+        if self.endpoints[:1] != (endpoint,) or not self.grants.allow(tenant, repo):
+            return None
+        return self.token
+
+    def demand_push(self, tenant: str, endpoint: str, repo: str) -> None:
+        """Raise ``hub_push_not_granted`` where the token is needed, and the tenant is not to have it."""
+        if self.token and self.endpoints[:1] == (endpoint,) and not self.grants.allow(tenant, repo):
+            raise InputError(
+                "hub_push_not_granted",
+                f"push_to.repo: this service does not push to {repo} for you",
+                remedy="The operator says in MERGANSER_HF_GRANTS who may push where",
+                where={"field": "push_to.repo"},
+            )
 
     def find(self, text: str, *, field: str = "models") -> RemoteReference:
         """The repository that a reference names.

@@ -196,7 +196,7 @@ def _create(
     """Enter a merge: ended already, when its job was done before, or else queued."""
     room = Reservations(services.redis, services.settings.max_tenant_bytes)
     room.demand(tenant)
-    push = options.push_to.resolved(services.hubs) if options.push_to else None
+    push = options.push_to.resolved(services.hubs, tenant) if options.push_to else None
     webhook = options.webhook.checked(services.webhook_allowed) if options.webhook else None
     pinned, found = _plan(services, tenant, asked)
     if found is not None:  # what lies on other hubs is unknown, so such a job is never the same

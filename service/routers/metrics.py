@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fastapi import APIRouter, Request, Response
 
-from service import tally, telemetry
+from service import sizes, tally, telemetry
 from service.broker import PRIORITIES, QUEUES, SIZES, queue_name
 from service.deps import AdminDep, Services, ServicesDep
 from service.exposition import MEDIA_TYPE, Exposition
@@ -26,15 +26,17 @@ def metrics(request: Request, services: ServicesDep, _tenant: AdminDep) -> Respo
 
 
 def _queues(page: Exposition, services: Services) -> None:
-    page.family("merganser_queue_depth", "gauge", "Merges that wait for a worker.")
+    page.family(
+        "merganser_queue_depth", "gauge", "Jobs that wait: merges, files of split ones, pushes."
+    )
     for priority in PRIORITIES:
         for size in SIZES:
             depth = services.redis.llen(f"rq:queue:{queue_name(priority, size)}")
             page.sample("merganser_queue_depth", depth, priority=priority, memory=size)
-    page.family("merganser_merges_running", "gauge", "Merges in the hands of workers.")
+    page.family("merganser_merges_running", "gauge", "Jobs in the hands of workers.")
     page.sample("merganser_merges_running", sum(services.redis.zcard(f"rq:wip:{name}") for name in QUEUES))
-    page.family("merganser_workers", "gauge", "Workers that are registered.")
-    page.sample("merganser_workers", services.redis.scard("rq:workers"))
+    page.family("merganser_workers", "gauge", "Workers that were heard of lately.")
+    page.sample("merganser_workers", sizes.workers(services.redis))
 
 
 def _merges(page: Exposition, services: Services) -> None:

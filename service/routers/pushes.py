@@ -23,5 +23,5 @@ def push_result(
 ) -> Merge:
     """Push the result of a merge to another hub, or push it again after a failure."""
     services.jobs.get(tenant, merge_id)
-    push = body.resolved(services.hubs) if body else None
+    push = body.resolved(services.hubs, tenant) if body else None
     return Merge.of(services.pushes.ask(tenant, merge_id, push))

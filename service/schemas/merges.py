@@ -31,10 +31,14 @@ class PushTo(_Strict):
         default=None, max_length=200, description="one of the hubs this service may reach; default the first"
     )
 
-    def resolved(self, hubs: Hubs) -> Push:
-        """The push that is asked for. Raises ``hub_reference_invalid``, ``hub_endpoint_not_allowed``."""
+    def resolved(self, hubs: Hubs, tenant: str) -> Push:
+        """The push that is asked for.
+
+        Raises ``hub_reference_invalid``, ``hub_endpoint_not_allowed``, ``hub_push_not_granted``.
+        """
         check_target(self.repo, self.revision)
         endpoint = hubs.endpoint(self.endpoint, field="push_to.endpoint")
+        hubs.demand_push(tenant, endpoint, self.repo)
         return Push(repo=self.repo, revision=self.revision, private=self.private, endpoint=endpoint)
 
 

@@ -10,13 +10,16 @@ import pytest
 
 from merging.errors import InputError, MergeError, MergeFailure
 from merging.recipe import Recipe
+from service.remote.grants import Grants
 from service.remote.hub import RemoteFile, RemoteHub, Snapshot, _chosen, _ours
 from service.remote.imports import bring
 from service.remote.references import Hubs, RemoteReference
-from service.settings import Settings, load_settings
+from service.settings import LOCAL_TENANT, Settings, load_settings
 from workers import environment
 
-HUBS = Hubs(("https://huggingface.co", "http://10.0.0.1:8642/hf"), token="hf_secret")
+HUBS = Hubs(
+    ("https://huggingface.co", "http://10.0.0.1:8642/hf"), token="hf_secret", grants=Grants.parse("t:*")
+)
 COMMIT = "0123456789" * 4
 
 
@@ -93,7 +96,7 @@ def recipe(*models: str, **more: Any) -> Recipe:
 
 def test_only_the_first_hub_is_told_the_token(fake: type[FakeHub], tmp_path: Path) -> None:
     asked = recipe("hf://a/b", "ns/local", "hf://10.0.0.1:8642/hf/a/b", modules_to_save={"take": "hf://a/b"})
-    found = bring(asked, HUBS, tmp_path, limit=1000, connect=fake)
+    found = bring("t", asked, HUBS, tmp_path, limit=1000, connect=fake)
     assert fake.seen == [("https://huggingface.co", "hf_secret"), ("http://10.0.0.1:8642/hf", None)]
     names = [entry.model for entry in found.recipe.models]
     assert names == [f"hf://a/b@{COMMIT}", "ns/local", f"hf://10.0.0.1:8642/hf/a/b@{COMMIT}"]
@@ -103,11 +106,53 @@ def test_only_the_first_hub_is_told_the_token(fake: type[FakeHub], tmp_path: Pat
     assert set(found.commits.values()) == {COMMIT}
 
 
+def test_the_token_is_used_for_those_who_were_granted_it(fake: type[FakeHub], tmp_path: Path) -> None:
+    """Else a tenant could read through the operator what is another's."""
+    grants = Grants.parse("acme:acme, acme:shared/one, *:open")
+    hubs = Hubs(HUBS.endpoints, token="hf_secret", grants=grants)
+    names = ("acme/x", "shared/one", "shared/two", "open/x", "other/x", "Acme/x")
+    for tenant, granted in (("acme", ("acme/x", "shared/one", "open/x")), ("local", ("open/x",))):
+        fake.seen.clear()
+        bring(
+            tenant,
+            recipe(*[f"hf://{name}" for name in names]),
+            hubs,
+            tmp_path / tenant,
+            limit=9999,
+            connect=fake,
+        )
+        assert [token for _, token in fake.seen] == [
+            "hf_secret" if name in granted else None for name in names
+        ]
+        for name in names:
+            if name in granted:
+                hubs.demand_push(tenant, hubs.endpoints[0], name)
+                continue
+            with pytest.raises(InputError) as caught:
+                hubs.demand_push(tenant, hubs.endpoints[0], name)
+            assert caught.value.code == "hub_push_not_granted"
+            hubs.demand_push(
+                tenant, hubs.endpoints[1], name
+            )  # there is no token for it that could be misused
+            Hubs(HUBS.endpoints).demand_push(tenant, HUBS.endpoints[0], name)
+
+
+def test_a_service_without_keys_may_use_its_token_and_tenants_may_not() -> None:
+    grants = Grants.parse(load_settings().hf_grants)
+    assert (grants.allow(LOCAL_TENANT, "any/thing"), grants.allow("acme", "acme/x")) == (True, False)
+
+
+@pytest.mark.parametrize("text", ["acme", ":x", "a b:x", "acme:x/y/z", "acme:*/name", "acme:or*", "a:b:c"])
+def test_a_grant_that_cannot_be_read_stops_the_start(text: str) -> None:
+    with pytest.raises(InputError, match="MERGANSER_HF_GRANTS"):
+        load_settings(hf_grants=text)
+
+
 def test_the_limit_is_for_all_imports_together(fake: type[FakeHub], tmp_path: Path) -> None:
     two = recipe("hf://a/b", "hf://a/c")
-    assert len(bring(two, HUBS, tmp_path / "1", limit=120, connect=fake).folders) == 2
+    assert len(bring("t", two, HUBS, tmp_path / "1", limit=120, connect=fake).folders) == 2
     with pytest.raises(InputError) as caught:
-        bring(two, HUBS, tmp_path / "2", limit=119, connect=fake)
+        bring("t", two, HUBS, tmp_path / "2", limit=119, connect=fake)
     assert caught.value.code == "hub_too_large"
 
 

@@ -19,7 +19,7 @@ from service.broker import QUEUES, SIZES, queue_name
 from service.client import Client
 from service.jobs import Jobs
 from service.settings import load_settings
-from service.sizes import GB, served, served_with, size_for
+from service.sizes import GB, served, served_with, size_for, workers
 from service.storage import Storage
 from tests.redis_server import RECIPE
 from tests.running import ROOT, Up, descendants, push, until
@@ -105,8 +105,10 @@ def test_a_merge_that_no_worker_can_run_waits_and_says_why(connection: redis.Red
     large = register(connection, "large", 48)
     assert served(connection) == [4, 8, 16, 24, 48]
     assert outlook.obstacle(connection, merge) is None
+    assert workers(connection) == 2
     connection.delete(large.key)  # it died and nobody tidied up yet
     assert served(connection) == [4, 8]
+    assert workers(connection) == 1
 
 
 def test_a_merge_moves_past_the_worker_that_it_did_not_fit_on(connection: redis.Redis, jobs: Jobs) -> None:
