@@ -8,31 +8,24 @@ that decides its bytes; so whoever makes the same file again, after a lost worke
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import redis
 from rq import Queue, Retry
 from rq.job import Dependency
 from rq.serializers import JSONSerializer
 
-from merging.recipe import Recipe
 from service.broker import FINISH_TASK, SHARD_TASK, queue_name, shards_key
 from service.documents import MergeRecord, result_key
 from service.jobs import MAX_RETRIES, TIMEOUT_SECONDS
 from service.sizes import size_for
 from service.sources import Sources
 from service.storage import Storage
+from service.work import Work
 from workers.attempt import Attempt
+from workers.plans import Files, Resolve, can_be_split, planned
 from workers.rungs import rungs
 
-if TYPE_CHECKING:
-    from merging.dense.plan import DensePlan
-    from merging.dense.runner import Settled
-
-Resolve = Callable[[str], Path]
 SETTLED = "settled.json"
 _SETTLE_SHARE = 0.1
 _log = logging.getLogger("merganser.shards")
@@ -47,32 +40,29 @@ class Splitter:
         self._shard_bytes = shard_bytes
 
     def split(
-        self, attempt: Attempt, record: MergeRecord, recipe: Recipe, sources: Sources, find: Resolve
+        self, attempt: Attempt, record: MergeRecord, work: Work, sources: Sources, find: Resolve
     ) -> bool:
-        """Queue the jobs of the merge, unless it writes one file or needs more than numbers settled."""
-        from merging.dense.inputs import wants_dense
-
-        if not wants_dense(recipe, find):
+        """Queue the jobs of the merge, unless it is not of whole models or writes one file."""
+        if not can_be_split(work, find):
             return False
         attempt.advance("plan", 0.0, "planning the files")
-        with planned(record.tenant, recipe, sources, find, self._shard_bytes) as plan:
-            if len(plan.shards) < 2 or _surveys(plan):
+        with planned(record.tenant, work, sources, find, self._shard_bytes) as plan:
+            count, steps, name = len(plan.sizes), plan.steps, parts_name(plan)
+            if count < 2:
                 return False
-            name, passes = parts_name(plan), _passes(plan)
-        if passes:
-            sources.complete(record.tenant, recipe, find)
-        with planned(record.tenant, recipe, sources, find, self._shard_bytes) as plan:
-            attempt.reserve(sum(shard.nbytes for shard in plan.shards))
-            settled = _settled(plan, attempt, passes, threads_for(record))
+            attempt.reserve(plan.nbytes)
         key = part_key(record, name, SETTLED)
-        self._storage.put_json(key, {"lambda": settled.lambda_, "scales": list(settled.scales)})
+        if self._storage.size(key) is None:  # an attempt before this one may have come so far
+            if steps:
+                sources.complete(record.tenant, work, find)
+            with planned(record.tenant, work, sources, find, self._shard_bytes) as plan:
+                settled = _settled(plan, attempt, threads_for(record))
+            self._storage.put_json(key, settled)
         missing = [
-            index
-            for index in range(len(plan.shards))
-            if self._storage.size(part_key(record, name, note(index))) is None
+            index for index in range(count) if self._storage.size(part_key(record, name, note(index))) is None
         ]
-        self._queue(record, attempt.name, name, len(plan.shards), missing)
-        _log.info("%s is split into %d files, %d to be made", record.id, len(plan.shards), len(missing))
+        self._queue(record, attempt.name, name, count, missing)
+        _log.info("%s is split into %d files, %d to be made", record.id, count, len(missing))
         return True
 
     def _queue(self, record: MergeRecord, attempt: str, name: str, count: int, missing: list[int]) -> None:
@@ -116,24 +106,9 @@ class Splitter:
         )
 
 
-@contextmanager
-def planned(
-    tenant: str, recipe: Recipe, sources: Sources, find: Resolve, shard_bytes: int
-) -> Iterator[DensePlan]:
-    """The plan of a merge of whole models; the digests of the inputs are those of their uploads."""
-    from merging.dense.plan import prepare_dense
-    from merging.dense.sums import known_digests
-
-    sums = known_digests(recipe, find, sources.sums(tenant, recipe))
-    with prepare_dense(recipe, resolve=find, shard_bytes=shard_bytes, sums=sums) as plan:
-        yield plan
-
-
-def parts_name(plan: DensePlan) -> str:
+def parts_name(plan: Files) -> str:
     """Under which the finished files of a plan lie, beside the attempts of the merge."""
-    from merging.dense.resume import attempt_key
-
-    return f"parts-{attempt_key(plan)[:24]}"
+    return f"parts-{plan.key[:24]}"
 
 
 def part_key(record: MergeRecord, name: str, path: str) -> str:
@@ -153,28 +128,12 @@ def threads_for(record: MergeRecord) -> int:
     return rungs(record.memory_bytes)[0].threads or default_threads()
 
 
-def _surveys(plan: DensePlan) -> bool:
-    from merging.dense.runner import DenseRunner
-
-    return DenseRunner(plan, threads=1).surveys > 0
-
-
-def _passes(plan: DensePlan) -> int:
-    from merging.dense.runner import DenseRunner
-
-    return DenseRunner(plan, threads=1).passes - 1
-
-
-def _settled(plan: DensePlan, attempt: Attempt, passes: int, threads: int) -> Settled:
-    from merging.dense.runner import DenseRunner
-    from merging.execute import single_threaded
-
-    done, total = 0, max(1, passes * sum(1 for job in plan.jobs if job.inputs))
+def _settled(plan: Files, attempt: Attempt, threads: int) -> dict[str, Any]:
+    done = 0
 
     def tick(phase: str) -> None:
         nonlocal done
         done += 1
-        attempt.tick(phase, _SETTLE_SHARE * done / total, phase)
+        attempt.tick(phase, _SETTLE_SHARE * done / max(1, plan.steps), phase)
 
-    with single_threaded():
-        return DenseRunner(plan, threads=threads, tick=tick).settle()
+    return plan.settle(threads, tick)

@@ -8,24 +8,25 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from merging.errors import MergeFailure
-from merging.recipe import Recipe
 from service.broker import shards_key, text
 from service.clock import millis
 from service.documents import FileEntry, MergeRecord, MergeResult, result_key
 from service.logs import request_id
 from service.outlines import outline
 from service.scratch import scratch
+from service.work import Work, kept
 from workers.attempt import Attempt
-from workers.lead import SETTLED, Resolve, note, part_key, parts_name, planned, threads_for
+from workers.lead import SETTLED, note, part_key, parts_name, threads_for
+from workers.plans import Files, Resolve, planned
 from workers.workplace import Workplace
 
 if TYPE_CHECKING:
-    from merging.dense.plan import DensePlan, ShardPlan
-    from merging.dense.runner import Settled, ShardResult
+    from merging.dense.runner import ShardResult
 
 _SHARDS_SHARE = 0.95
 _log = logging.getLogger("merganser.shards")
@@ -62,16 +63,16 @@ class Part(Attempt):
         if self._storage.size(part_key(record, name, note(index))) is not None:
             self._move(index, 1.0)
             return
-        recipe = Recipe.load(record.recipe)
-        find = self._place.sources.place(self._tenant, recipe, folder / "inputs", outlines=True)
-        with self._planned(recipe, find) as plan:
+        work = kept(record.recipe)
+        find = self._place.sources.place(self._tenant, work, folder / "inputs", outlines=True)
+        with self._planned(work, find) as plan:
             _demand(plan, name)
-            needed = _files(plan, plan.shards[index])
+            needed = plan.inputs(index)
         for reference, path in needed:
             self._place.sources.fetch(self._tenant, reference, path, find(reference))
         out = folder / "out"
         out.mkdir()
-        with self._planned(recipe, find) as plan:
+        with self._planned(work, find) as plan:
             made = self._merged(plan, record, self._settled(record, name), index, out)
         self.reserve(made.nbytes)  # renews what was reserved for all files
         self._storage.put_file(part_key(record, name, made.file), out / made.file)
@@ -80,26 +81,23 @@ class Part(Attempt):
 
     def finish(self, folder: Path, name: str, count: int) -> None:
         """Complete the result and publish it."""
-        from merging.dense.finish import finalise
-
         record = self._begin()
         parts = self._parts(record, name, count)
-        recipe = Recipe.load(record.recipe)
-        find = self._place.sources.place(self._tenant, recipe, folder / "inputs", outlines=True)
+        work = kept(record.recipe)
+        find = self._place.sources.place(self._tenant, work, folder / "inputs", outlines=True)
         out = folder / "out"
         out.mkdir()
-        with self._planned(recipe, find) as plan:
+        with self._planned(work, find) as plan:
             _demand(plan, name)
-            stored = plan.recipe.output.format != "lora"  # the files of an adapter's shards are put together
             for part in parts:
                 key = part_key(record, name, part.file)
-                if stored:
+                if plan.final:
                     outline(self._storage, key, part.nbytes, out / part.file)
                 else:
                     self._storage.fetch(key, out / part.file)
-            report, files = finalise(plan, parts, out, settled=self._settled(record, name))
+            report, files = plan.finish(parts, out, self._settled(record, name))
+            moved = {part.file for part in parts} if plan.final else set()
             digest = plan.digest
-        moved = {part.file for part in parts} if stored else set()
         entries = []
         for path, sha256 in sorted(files.items()):
             self.advance("store", _SHARDS_SHARE, "storing the result")
@@ -126,35 +124,27 @@ class Part(Attempt):
         self.advance("merge", self._progress(), "making the files")
         return record
 
-    def _planned(self, recipe: Recipe, find: Resolve) -> Any:
-        return planned(self._tenant, recipe, self._place.sources, find, self._place.settings.shard_bytes)
+    def _planned(self, work: Work, find: Resolve) -> AbstractContextManager[Files]:
+        return planned(self._tenant, work, self._place.sources, find, self._place.settings.shard_bytes)
 
-    def _settled(self, record: MergeRecord, name: str) -> Settled:
-        from merging.dense.runner import Settled
-
-        found = self._storage.get_json(part_key(record, name, SETTLED))
+    def _settled(self, record: MergeRecord, name: str) -> dict[str, Any]:
+        found: dict[str, Any] | None = self._storage.get_json(part_key(record, name, SETTLED))
         if found is None:
             raise MergeFailure("content_missing", "what was settled for this merge is gone from the storage")
-        return Settled(float(found["lambda"]), tuple(float(scale) for scale in found["scales"]))
+        return found
 
     def _merged(
-        self, plan: DensePlan, record: MergeRecord, settled: Settled, index: int, out: Path
+        self, plan: Files, record: MergeRecord, settled: dict[str, Any], index: int, out: Path
     ) -> ShardResult:
-        from merging.dense.runner import DenseRunner
-        from merging.execute import single_threaded
-
-        shard = plan.shards[index]
         done = 0
 
         def tick(phase: str) -> None:
             nonlocal done
             done += 1
-            self._move(index, done / (len(shard.jobs) + 1))
-            self.tick(phase, self._progress(), f"file {index + 1} of {len(plan.shards)}")
+            self._move(index, done / (plan.sizes[index] + 1))
+            self.tick(phase, self._progress(), f"file {index + 1} of {len(plan.sizes)}")
 
-        with single_threaded():
-            runner = DenseRunner(plan, threads=threads_for(record), tick=tick)
-            return runner.merge_shard(shard, out, settled)
+        return plan.make(index, out, settled, threads_for(record), tick)
 
     def _parts(self, record: MergeRecord, name: str, count: int) -> list[ShardResult]:
         from merging.dense.runner import ShardResult
@@ -179,22 +169,7 @@ class Part(Attempt):
         return _SHARDS_SHARE * sum(fractions) / max(1, len(fractions))
 
 
-def _files(plan: DensePlan, shard: ShardPlan) -> list[tuple[str, str]]:
-    """The weight files that a shard reads: reference of the model and path, each once."""
-    from merging.formats.tensor_set import TensorSet
-
-    found: dict[tuple[str, str], None] = {}
-    for job in shard.jobs:
-        for entry in job.inputs:
-            model = plan.models[entry.model]
-            if isinstance(model, TensorSet):
-                found[model.label, model.file_of(entry.key)] = None
-        if job.in_base and plan.base is not None:
-            found[plan.base.label, plan.base.file_of(job.name)] = None
-    return list(found)
-
-
-def _demand(plan: DensePlan, name: str) -> None:
+def _demand(plan: Files, name: str) -> None:
     """Refuse to mix what different versions of the software make."""
     if parts_name(plan) != name:
         raise MergeFailure(

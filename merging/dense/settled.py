@@ -29,7 +29,7 @@ class Settled:
     def of(cls, data: dict[str, Any]) -> Settled:
         """The inverse of :meth:`to_dict`."""
         scales = tuple(float(scale) for scale in data["scales"])
-        return cls(float(data["lambda"]), scales, _read(data["shared"]))
+        return cls(float(data["lambda"]), scales, _read(data.get("shared")))
 
 
 def _told(shared: Any) -> Any:

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from merging.dense.inputs import Resolve, open_model
-from merging.recipe import Recipe
 
 
-def known_digests(recipe: Recipe, resolve: Resolve, sums: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
-    """The digest of each model and of the base by its reference; reads headers only.
+def known_digests(
+    names: Iterable[str], resolve: Resolve, sums: Mapping[str, Mapping[str, str]]
+) -> dict[str, str]:
+    """The digest of each named model by its reference; reads headers only.
 
     ``sums`` gives the sha256 (hex) of every file of an input, by the reference of the input and the path
     of the file in its folder. An input that it does not name is left out.
     """
     found: dict[str, str] = {}
-    names = [*(entry.model for entry in recipe.models), *([recipe.base_model] if recipe.base_model else [])]
     for name in names:
         if name not in sums or name in found:
             continue

@@ -56,7 +56,7 @@ def report(plan: MergekitPlan, left: Sequence[str] = ()) -> dict[str, Any]:
         "seed": plan.config.seed,
         "device": "cpu",
         "versions": versions(),
-        "inputs": [{"model": key, "digest": model.digest} for key, model in plan.models.items()],
+        "inputs": [{"model": model, "digest": plan.digest_of(model)} for model in plan.models],
         "summary": {
             "tensors": len(plan.schedule.outputs),
             "parameters": sum(math.prod(output.shape) for output in plan.schedule.outputs),

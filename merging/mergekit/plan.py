@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -41,11 +41,16 @@ class Shard:
 
 @dataclass(frozen=True)
 class MergekitPlan:
-    """A checked merge. ``models`` are the opened checkpoints by their references."""
+    """A checked merge. ``models`` are the opened checkpoints by their references.
+
+    ``sums`` gives their content digests where the caller knows them; they are found by reading every file
+    otherwise.
+    """
 
     schedule: Schedule
     models: Mapping[str, TensorSet]
     shard_bytes: int = SHARD_BYTES
+    sums: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def config(self) -> MergekitConfig:
@@ -56,10 +61,14 @@ class MergekitPlan:
         """The model that gives ``config.json`` and what lies beside the weights."""
         return self.models[self.schedule.donor]
 
+    def digest_of(self, model: str) -> str:
+        """The content digest of a model."""
+        return self.sums.get(model) or self.models[model].digest
+
     @cached_property
     def digest(self) -> str:
         """The digest of the configuration with the content of its models. Reads every file."""
-        content = {model: found.digest for model, found in self.models.items()}
+        content = {model: self.digest_of(model) for model in self.models}
         text = json.dumps([_replaced(self.document, content)], sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -111,10 +120,12 @@ def prepare(
     resolve: Resolve,
     name: str = "configuration",
     shard_bytes: int = SHARD_BYTES,
+    sums: Mapping[str, str] | None = None,
 ) -> Iterator[MergekitPlan]:
     """Read a configuration, open its models and evaluate it; they are closed on exit.
 
-    Raises :class:`InputError`: ``mergekit_*`` and what opening a checkpoint raises.
+    ``sums`` gives the content digests of models, as far as they are known. Raises :class:`InputError`:
+    ``mergekit_*`` and what opening a checkpoint raises.
     """
     config = parse(document, name)
     models: dict[str, TensorSet] = {}
@@ -123,9 +134,8 @@ def prepare(
             models[reference] = open_checkpoint(_found(reference, resolve), label=reference)
         _check_architecture(models)
         check_tokenizers(config, models, resolve)
-        yield MergekitPlan(
-            schedule(config, {key: model.infos for key, model in models.items()}), models, shard_bytes
-        )
+        evaluated = schedule(config, {key: model.infos for key, model in models.items()})
+        yield MergekitPlan(evaluated, models, shard_bytes, sums or {})
     finally:
         for model in models.values():
             model.close()

@@ -84,7 +84,7 @@ def merge_shard(
 
 def _write(plan: MergekitPlan, output: Output, writer: ShardWriter) -> None:
     dtype: torch.dtype = getattr(torch, TORCH_NAMES[output.out_dtype])
-    keys = tuple(plan.models[item.model].digest for item in output.inputs)
+    keys = tuple(plan.digest_of(item.model) for item in output.inputs)
     work = Work(output, plan.config.method, plan.config.seed, keys)
 
     def emit(start: int, block: Tensor) -> None:

@@ -52,7 +52,8 @@ def sums(done: dict[str, Any]) -> dict[str, str]:
 def test_two_workers_over_a_bucket_make_the_bytes_of_one_process(
     split: Callable[..., Split], seaweed: Seaweed, folders: list[Path], tmp_path: Path
 ) -> None:
-    more = {"parameters": {"lambda": "auto"}, "prepare": {"equalize_norms": True}}
+    parameters = {"lambda": "auto", "trim_scope": "global", "density": 0.2}
+    more = {"parameters": parameters, "prepare": {"equalize_norms": True}}
     with in_bucket(seaweed, seaweed.url()):
         deployment = split(storage_url=seaweed.url(), shard_bytes=str(SHARD_BYTES))
         deployment.serve()
@@ -122,3 +123,24 @@ def test_an_extracted_adapter_has_the_bytes_of_one_process(
     assert sums(done) == alone(recipe, known, tmp_path / "alone")
     attempts = up.storage / "merges" / "local" / merge_id / "attempts"
     until(lambda: not list(attempts.glob("parts-*/*")), what="what was put together is removed")
+
+
+def test_a_mergekit_configuration_is_shared_out_too(
+    start: Callable[..., Up], folders: list[Path], tmp_path: Path
+) -> None:
+    up = start(shard_bytes=str(SHARD_BYTES))
+    with up.client() as client:
+        names = [push(client, folder, f"whole/{folder.name}") for folder in folders[:3]]
+        document = {
+            "merge_method": "della",
+            "base_model": names[0],
+            "models": [{"model": name, "parameters": {"weight": [0.2, 0.8]}} for name in names[1:]],
+            "parameters": {"density": 0.5, "epsilon": 0.1},
+            "dtype": "bfloat16",
+            "tokenizer_source": "union",
+        }
+        merge_id = client.submit(document)["id"]
+        done = client.wait(merge_id)
+    assert done["state"] == "succeeded", (done, up.log())
+    assert f"{merge_id} is split into" in up.log()
+    assert sums(done) == alone(document, dict(zip(names, folders, strict=False)), tmp_path / "alone")
