@@ -88,9 +88,9 @@ class Study:
         with prepare(Recipe.load(recipe)) as prepared:
             params = prepared.resolved.params
             assert isinstance(params, AdarankParams)
-            parts = components(prepared, params)
             assert prepared.inputs is not None
             cpu = torch.device("cpu")
+            parts = [part.to(cpu, torch.float32) for part in components(prepared, params)]
             labels = prepared.labels
             classifier = EncoderClassifier(
                 prepared.inputs, labels, parts, prepared.recipe.seed, self.batch, cpu

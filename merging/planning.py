@@ -99,7 +99,7 @@ def prepare(recipe: Recipe, *, resolve: Resolve | None = None, canonical: bool =
         if resolved.method.contract.data:
             inputs = find_inputs(recipe, resolved.method, find)
         if resolved.method.contract.initial:
-            adapters = _blank(recipe, resolved, inputs)
+            adapters = _blank(recipe, resolved, inputs, run=canonical)
         for entry in recipe.models[len(adapters) :]:
             adapters.append(open_adapter(find(entry.model), label=entry.model))
         if inputs is not None:
@@ -137,14 +137,19 @@ def _spelled_out(recipe: Recipe, resolved: Resolved) -> Recipe:
     )
 
 
-def _blank(recipe: Recipe, resolved: Resolved, inputs: Inputs | None) -> list[Adapter]:
+def _blank(recipe: Recipe, resolved: Resolved, inputs: Inputs | None, *, run: bool) -> list[Adapter]:
+    """Adapters to start from. A plan names layers as the files do: the names in memory need torch."""
     from merging.calibration.blank import blank_adapters
     from merging.catalog.data import OsrmInitParams
 
     assert inputs is not None
     assert isinstance(resolved.params, OsrmInitParams)
     labels = tuple(entry.model for entry in recipe.models)
-    return blank_adapters(labels, resolved.params, inputs, recipe.base_model)
+    if not run:
+        return blank_adapters(labels, resolved.params, inputs, recipe.base_model)
+    from merging.calibration.base import names_in_memory
+
+    return blank_adapters(labels, resolved.params, inputs, recipe.base_model, names_in_memory)
 
 
 def _sorted(

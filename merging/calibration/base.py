@@ -115,7 +115,7 @@ class Base:
     def _layer(self, name: str, size: tuple[int, int]) -> nn.Module:
         parts = name.split(".")
         candidates = (name, f"{self.prefix}.{name}", *(".".join(parts[i:]) for i in (1, 2) if i < len(parts)))
-        for candidate in candidates:
+        for candidate in (*candidates, *(_renamed(self.model, candidate) for candidate in candidates)):
             if candidate in self._modules:
                 found: nn.Module = self._modules[candidate]
                 self._check(name, found, size)
@@ -137,6 +137,34 @@ class Base:
                 remedy="Give the base model that the adapters were trained on.",
                 where={"module": name, "field": "base_model"},
             )
+
+
+def _renamed(model: Any, name: str) -> str:
+    """The name in memory of a layer that files and older adapters call ``name``: the library renames some."""
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightRenaming
+    except ImportError:  # earlier versions keep the names of the files
+        return name
+    key = f"{name}.weight"
+    for change in get_model_conversion_mapping(model):
+        if isinstance(change, WeightRenaming):
+            key, _ = change.rename_source_key(key)
+    return str(key).removesuffix(".weight")
+
+
+def names_in_memory(files: BaseFiles, names: Sequence[str]) -> dict[str, str]:
+    """The names that the library, and so PEFT, has for layers named as in the files of a base model."""
+    library = transformers()
+    try:
+        with _quiet(library), torch.device("meta"):
+            config = library.AutoConfig.from_pretrained(
+                str(files.folder), local_files_only=True, trust_remote_code=False
+            )
+            model = library.AutoModel.from_config(config, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError):
+        return {name: name for name in names}  # what is wrong with it, loading will tell
+    return {name: _renamed(model, name) for name in names}
 
 
 def _load(files: BaseFiles, kind: Kind) -> tuple[Any, tuple[str, ...]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
@@ -17,6 +17,10 @@ from merging.formats.adapter import Adapter, Module
 
 if TYPE_CHECKING:
     import torch
+
+
+Rename = Callable[[BaseFiles, Sequence[str]], Mapping[str, str]]
+"""Names of layers in the files of a base model -> their names in memory."""
 
 
 class BlankAdapter(Adapter):
@@ -56,11 +60,16 @@ class BlankAdapter(Adapter):
 
 
 def blank_adapters(
-    labels: tuple[str, ...], params: OsrmInitParams, inputs: Inputs, base_model: str | None
+    labels: tuple[str, ...],
+    params: OsrmInitParams,
+    inputs: Inputs,
+    base_model: str | None,
+    rename: Rename | None = None,
 ) -> list[Adapter]:
     """One blank adapter per task on the layers that the parameters target.
 
-    The layers come from the statistics or from the base model. Raises ``target_modules_missing``,
+    The layers come from the statistics or from the base model, whose files may name them otherwise than
+    the model that is trained: ``rename`` tells. Raises ``target_modules_missing``,
     ``rank_too_large``.
     """
     shapes = _shapes(inputs)
@@ -76,6 +85,9 @@ def blank_adapters(
             remedy="Set target_modules to the endings of layer names of the base model.",
             where={"field": "parameters.target_modules"},
         )
+    if rename is not None and inputs.base is not None and not any(inputs.statistics):
+        names = rename(inputs.base, tuple(wanted))
+        wanted = {names[name]: shape for name, shape in wanted.items()}
     for name, (m, n) in wanted.items():
         if params.r > min(m, n):
             raise InputError(

@@ -52,7 +52,7 @@ class TaskHead:
             found: Tensor = output.logits
             return found
         features = pooled(output, batch.get("attention_mask"), self.settings)
-        return self.settings.scale * linear(features, self.weight, self.bias)
+        return linear(self.settings.scale * features, self.weight, self.bias)
 
 
 def pooled(output: Any, mask: Tensor | None, settings: HeadSettings) -> Tensor:
@@ -62,13 +62,13 @@ def pooled(output: Any, mask: Tensor | None, settings: HeadSettings) -> Tensor:
     else:
         hidden: Tensor = output.last_hidden_state
         hidden = hidden.flatten(2).mT if hidden.ndim == 4 else hidden  # feature maps of images
-        if settings.pooling == "first":
-            features = hidden[:, 0]
-        elif settings.pooling == "last":
-            last = torch.full((len(hidden),), hidden.shape[1] - 1, device=hidden.device)
-            if mask is not None:
-                last = mask.to(hidden.device).sum(1) - 1
-            features = hidden[torch.arange(len(hidden), device=hidden.device), last]
+        if settings.pooling in ("first", "last"):
+            place = torch.arange(hidden.shape[1], device=hidden.device).expand(hidden.shape[:2])
+            last = settings.pooling == "last"
+            if mask is not None:  # padding may stand on either side
+                place = place.masked_fill(mask.to(hidden.device) == 0, -1 if last else hidden.shape[1])
+            chosen = place.max(1).values if last else place.min(1).values
+            features = hidden[torch.arange(len(hidden), device=hidden.device), chosen]
         elif mask is None:
             features = hidden.mean(1)
         else:
@@ -109,6 +109,7 @@ class EncoderClassifier:
                 encode(label, dataset, chosen, tokenizer, self.base, inputs.settings.max_length)
             )
             self.heads.append(TaskHead(head, inputs.settings.head, self.base, label))
+            self._check_own(self.heads[-1])
             self._digests.append(dataset.digest)
         self._frames = {part.name: (part.U, part.V) for part in components}
         self._check()
@@ -145,6 +146,19 @@ class EncoderClassifier:
         batch = self.samples[task].batch(indices)
         with self.base.hooked(update):
             return self.heads[task].logits(batch)
+
+    def _check_own(self, head: TaskHead) -> None:
+        """Whatever the logits pass through is of the base model or of the adapter, and not drawn anew."""
+        if head.weight is not None:
+            return
+        drawn = [key for key in self.base.missing if key not in head.replaced and "position_ids" not in key]
+        if drawn:
+            raise InputError(
+                "head_incomplete",
+                f"{head.label} brings no {drawn[0]}, and base model {self.base.files.folder.name} has none",
+                remedy="Train with it in modules_to_save, or give a head file and calibration.head.pooling.",
+                where={"model": head.label, "field": "head"},
+            )
 
     def _check(self) -> None:
         """One batch of every task through the base alone: heads fit, and all is finite."""
