@@ -17,6 +17,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from merging.calibration.settings import CalibrationSettings
+from merging.complaints import complaint, misplaced
 from merging.errors import InputError
 
 MAX_RECIPE_BYTES = 1 << 20
@@ -120,10 +121,11 @@ class Recipe(_Strict):
         try:
             text = json.dumps(data, allow_nan=False)
         except (TypeError, ValueError, RecursionError) as error:
+            field, what = next(misplaced(data), ("it", "what JSON cannot hold"))
             raise InputError(
                 "recipe_type",
-                f"{name} holds a value that is not plain JSON data: {error}",
-                where={"file": name},
+                f"{name}: {field} is {what}; text, finite numbers, lists and mappings are accepted",
+                where={"file": name, "field": field},
             ) from error
         try:
             return cls.model_validate_json(text, strict=True)
@@ -230,18 +232,17 @@ def parse_document(text: str, name: str) -> dict[Any, Any]:
 
 def validation_error(error: ValidationError, name: str) -> InputError:
     """The first complaint of pydantic as one clear error that names the field."""
-    first = error.errors(include_url=False)[0]
-    field = ".".join(str(part) for part in first["loc"]) or "(top level)"
-    kind = first["type"]
-    if kind == "extra_forbidden":
+    found = complaint(error)
+    field = found.field
+    if found.kind == "extra_forbidden":
         return InputError(
             "recipe_unknown_key",
             f"{name}: unknown key {field!r}",
             remedy="Remove it or correct its spelling.",
             where={"file": name, "field": field},
         )
-    code = "recipe_missing_key" if kind == "missing" else "recipe_invalid_value"
-    return InputError(code, f"{name}: {field}: {first['msg']}", where={"file": name, "field": field})
+    code = "recipe_missing_key" if found.kind == "missing" else "recipe_invalid_value"
+    return InputError(code, f"{name}: {found.sentence}", where={"file": name, "field": field})
 
 
 def _fold_compat(data: dict[Any, Any], name: str) -> dict[Any, Any]:

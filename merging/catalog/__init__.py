@@ -17,6 +17,7 @@ from pydantic import ValidationError
 
 from merging.catalog import data, entrywise, linear, named, sparse, spectral
 from merging.catalog.spec import Contract, Method, MethodParams, Paper
+from merging.complaints import complaint
 from merging.errors import InputError
 from merging.recipe import Recipe
 
@@ -212,7 +213,7 @@ def _validate(method: Method, values: Mapping[str, Any], where: str) -> MethodPa
     try:
         return method.Params.model_validate_json(json.dumps(dict(values)), strict=True)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        field = ".".join((where, *(str(part) for part in first["loc"][:1])))
-        message = first["msg"].removeprefix("Value error, ")
-        raise InputError("invalid_parameter", f"{field}: {message}", where={"field": field}) from error
+        found = complaint(error)
+        field = f"{where}.{found.field}" if found.field else where
+        said = f"{where}.{found.sentence}" if found.field else f"{where}: {found.sentence}"
+        raise InputError("invalid_parameter", said, where={"field": field}) from error

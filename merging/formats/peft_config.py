@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal, NoReturn
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from merging.complaints import complaint
 from merging.errors import InputError
 from merging.formats.patterns import PatternTable
 
@@ -191,9 +192,8 @@ def check_adapter_config(raw: Mapping[str, Any], *, file: str) -> AdapterConfig:
     try:
         config = AdapterConfig(**known, file=file, notes=tuple(notes))
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-        field = str(first["loc"][0]) if first["loc"] else ""
-        _fail("config_field", file, field, f"{field}: {first['msg']}", remedy="Correct the field")
+        found = complaint(error)
+        _fail("config_field", file, found.field[:200], found.sentence[:400], remedy="Correct the field")
     config.compile_patterns()
     return config
 
