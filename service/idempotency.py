@@ -16,6 +16,7 @@ from types import MappingProxyType
 from typing import Any
 
 from redis.asyncio import Redis
+from redis.commands.core import AsyncScript
 
 from merging.errors import MergeError
 from service.broker import TRANSIENT, idempotency_key, text
@@ -23,7 +24,8 @@ from service.errors import Conflict, ServiceError, Unavailable
 from service.records import new_id
 
 KEPT_SECONDS = 24 * 3600
-_WORK_SECONDS = 60.0
+_LEASE_SECONDS = 8.0
+"""After such a silence whoever works on a request is taken for dead."""
 _WAIT_SECONDS = 10.0
 _POLL_SECONDS = 0.03
 _FREE = "if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('DEL', KEYS[1]) end return 0"
@@ -82,7 +84,7 @@ class Idempotency:
                 )
             if await done(merge_id):
                 return merge_id, True
-            if time.time() - since > _WORK_SECONDS:  # whoever worked on it is dead
+            if time.time() - since > _LEASE_SECONDS:
                 entry = json.dumps([fingerprint, merge_id, time.time()])
                 if await self._take(keys=[name], args=[held, entry, KEPT_SECONDS]):
                     return await self._work(name, entry, work)
@@ -96,14 +98,40 @@ class Idempotency:
 
     async def _work(self, name: str, entry: str, work: Callable[[str], Awaitable[None]]) -> tuple[str, bool]:
         merge_id: str = json.loads(entry)[1]
+        lease = _Lease(self._take, name, entry)
+        renewal = asyncio.create_task(lease.renew())
         try:
             await work(merge_id)
         except BaseException as error:
+            renewal.cancel()
             with contextlib.suppress(*TRANSIENT):
                 if isinstance(error, MergeError) and not isinstance(error, Unavailable):
-                    await self._free(keys=[name], args=[entry])
+                    await self._free(keys=[name], args=[lease.entry])
                 else:  # there may be a merge all the same, so the next one must go on with its id
-                    abandoned = json.dumps([json.loads(entry)[0], merge_id, 0])
-                    await self._take(keys=[name], args=[entry, abandoned, KEPT_SECONDS])
+                    await lease.date(0)
             raise
+        finally:
+            renewal.cancel()
         return merge_id, False
+
+
+class _Lease:
+    """The entry of a key that is worked on: dated again and again, so that others see that it is."""
+
+    def __init__(self, take: AsyncScript, name: str, entry: str) -> None:
+        self._take = take
+        self._name = name
+        self.entry = entry
+
+    async def renew(self) -> None:
+        """Keep the lease until this is cancelled."""
+        while True:
+            await asyncio.sleep(_LEASE_SECONDS / 4)
+            with contextlib.suppress(*TRANSIENT):
+                await self.date(time.time())
+
+    async def date(self, moment: float) -> None:
+        """Write another date into the entry, if it is ours still."""
+        entry = json.dumps([*json.loads(self.entry)[:2], moment])
+        if await self._take(keys=[self._name], args=[self.entry, entry, KEPT_SECONDS]):
+            self.entry = entry

@@ -95,7 +95,7 @@ def test_while_the_first_takes_long_the_second_is_told_so(
 def test_a_process_that_died_before_or_after_the_work_leaves_one_merge(
     redis_server: EmbeddedRedis, connection: redis.Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(idempotency, "_WORK_SECONDS", 0.1)
+    monkeypatch.setattr(idempotency, "_LEASE_SECONDS", 0.1)
 
     async def act(keys: Idempotency, merges: Merges) -> None:
         async def nothing(**_: object) -> int:  # a dead process frees nothing and says nothing
@@ -140,5 +140,23 @@ def test_after_an_outage_or_an_abort_the_next_request_goes_on_with_the_same_merg
                 await keys.once("a", repr(error), {}, fail, merges.done)
             assert await keys.once("a", repr(error), {}, merges.work, merges.done) == (tried[0], False)
             assert await keys.once("a", repr(error), {}, fail, merges.done) == (tried[0], True)
+
+    run(redis_server, act)
+
+
+def test_one_that_takes_long_is_not_taken_for_dead(
+    redis_server: EmbeddedRedis, connection: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(idempotency, "_LEASE_SECONDS", 1.0)
+
+    async def act(keys: Idempotency, merges: Merges) -> None:
+        async def slow(merge_id: str) -> None:
+            await asyncio.sleep(2.5)
+            await merges.work(merge_id)
+
+        tries = [keys.once("a", "k", {}, slow, merges.done) for _ in range(3)]
+        found = await asyncio.gather(*tries)
+        assert sorted(replayed for _, replayed in found) == [False, True, True]
+        assert len(merges.made) == 1
 
     run(redis_server, act)
