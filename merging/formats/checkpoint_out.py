@@ -25,6 +25,12 @@ COMPANIONS = (
 )  # fmt: skip
 """What is copied from the base beside ``config.json``; never code."""
 
+OF_THE_MODEL = (
+    "generation_config.json", "preprocessor_config.json", "processor_config.json",
+    "video_preprocessor_config.json",
+)  # fmt: skip
+"""Those of them that do not belong to the tokenizer."""
+
 MAX_COMPANION_BYTES = 256 << 20
 _CHUNK = 8 << 20
 
@@ -88,24 +94,27 @@ class ShardWriter:
                 self._path.unlink()
 
 
-def copy_companions(base: Path, out: Path) -> tuple[dict[str, str], list[str]]:
+def copy_companions(
+    base: Path, out: Path, *, tokenizer: Path | None = None
+) -> tuple[dict[str, str], list[str]]:
     """Copy tokenizer and generation settings of a base folder; file names to sha256, and what was left.
 
-    Only files of known names are taken, and no code. Raises ``link_outside_folder`` and
-    ``companion_too_large``.
+    ``tokenizer`` is the folder of the tokenizer, if that is another. Only files of known names are taken, and
+    no code. Raises ``link_outside_folder`` and ``companion_too_large``.
     """
     files: dict[str, str] = {}
     for name in COMPANIONS:
-        source = base / name
+        folder = base if tokenizer is None or name in OF_THE_MODEL else tokenizer
+        source = folder / name
         if not os.path.lexists(source):
             continue
-        check_inside(base, source)
+        check_inside(folder, source)
         try:
             with open_regular(source) as (handle, status):
                 if status.st_size > MAX_COMPANION_BYTES:
                     raise InputError(
                         "companion_too_large",
-                        f"{name} of the base has {status.st_size} bytes, the limit is {MAX_COMPANION_BYTES}",
+                        f"{name} of {folder.name} has {status.st_size} bytes; at most {MAX_COMPANION_BYTES}",
                         where={"file": name},
                     )
                 data = read_at(handle, status.st_size, 0)

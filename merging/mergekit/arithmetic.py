@@ -92,7 +92,8 @@ def _passthrough(work: Work, entries: Entries, emit: Emit) -> None:
 def _slerp(work: Work, entries: Entries, emit: Emit) -> None:
     base = work.output.base
     assert base is not None
-    t = torch.tensor(work.output.values.shared["t"], dtype=torch.float32)
+    dtype = torch.float64 if entries.dtype == torch.float64 else torch.float32
+    t = torch.tensor(work.output.values.shared["t"], dtype=dtype)
     slerp.merge(t, entries, base, 1 - base, emit)
 
 

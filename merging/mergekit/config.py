@@ -2,7 +2,7 @@
 
 The document may have ``models`` or ``slices``, ``merge_method``, ``base_model``, ``dtype``, ``out_dtype``,
 ``tokenizer_source`` (or ``tokenizer: {source}``) and ``parameters`` on every level. ``compat: mergekit`` and
-``seed`` may stand beside them. No torch here.
+``seed`` may stand beside them, and a ``name``, which says nothing here. No torch here.
 """
 
 from __future__ import annotations
@@ -28,6 +28,9 @@ TOP_LEVEL = (
     "compat",
     "seed",
 )
+
+IGNORED = ("name",)
+"""Top-level keys that say nothing about the merge."""
 
 ONLY_MERGEKIT = ("slices", "modules", "dtype", "out_dtype", "tokenizer_source", "tokenizer", "chat_template")
 """Top-level keys that a recipe does not have."""
@@ -103,7 +106,7 @@ def is_either(data: Mapping[str, Any]) -> bool:
     """Could mergekit take the document too? Then nothing in it is a recipe's own."""
     names = param_names()
     return (
-        all(key in TOP_LEVEL for key in data)
+        all(key in TOP_LEVEL or key in IGNORED for key in data)
         and isinstance(data.get("merge_method"), str)
         and data["merge_method"] in METHODS
         and all(name in names for place in _parameters(data) for name in place)

@@ -33,7 +33,7 @@ def finish(
     if plan.donor.config is not None:
         text = json.dumps(plan.model_config(), indent=2) + "\n"
         files["config.json"] = write_text(out / "config.json", text)
-    copied, left = copy_companions(plan.donor.path, out)
+    copied, left = copy_companions(plan.donor.path, out, tokenizer=plan.tokenizer)
     files.update(copied)
     found = report(plan, left)
     files["README.md"] = write_text(out / "README.md", card(plan, found))

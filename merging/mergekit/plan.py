@@ -22,7 +22,7 @@ from merging.formats.tensor_set import TensorSet
 from merging.mergekit.config import MergekitConfig
 from merging.mergekit.reader import parse
 from merging.mergekit.schedule import Output, Schedule, schedule
-from merging.mergekit.tokenizers import check_tokenizers
+from merging.mergekit.tokenizers import tokenizer_folder
 
 Resolve = Callable[[str], Path]
 SHARD_BYTES = 2_000_000_000
@@ -44,13 +44,14 @@ class MergekitPlan:
     """A checked merge. ``models`` are the opened checkpoints by their references.
 
     ``sums`` gives their content digests where the caller knows them; they are found by reading every file
-    otherwise.
+    otherwise. ``tokenizer`` is the folder of the tokenizer, if that is not the donor's.
     """
 
     schedule: Schedule
     models: Mapping[str, TensorSet]
     shard_bytes: int = SHARD_BYTES
     sums: Mapping[str, str] = field(default_factory=dict)
+    tokenizer: Path | None = None
 
     @property
     def config(self) -> MergekitConfig:
@@ -133,9 +134,10 @@ def prepare(
         for reference in config.models:
             models[reference] = open_checkpoint(_found(reference, resolve), label=reference)
         _check_architecture(models)
-        check_tokenizers(config, models, resolve)
+        folders = {model: found.path for model, found in models.items()}
+        tokenizer = tokenizer_folder(config, folders, lambda reference: _found(reference, resolve))
         evaluated = schedule(config, {key: model.infos for key, model in models.items()})
-        yield MergekitPlan(evaluated, models, shard_bytes, sums or {})
+        yield MergekitPlan(evaluated, models, shard_bytes, sums or {}, tokenizer)
     finally:
         for model in models.values():
             model.close()

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import difflib
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from merging.errors import InputError
 from merging.mergekit import settings
-from merging.mergekit.config import DTYPES, TOP_LEVEL, MergekitConfig, Settings, Slice, Source
+from merging.mergekit.config import DTYPES, IGNORED, TOP_LEVEL, MergekitConfig, Settings, Slice, Source
 from merging.mergekit.methods import MergekitMethod, known, param_names
 
 MAX_SOURCES = 1000
@@ -17,7 +18,7 @@ MAX_SLICES = 10_000
 def parse(data: Mapping[str, Any], name: str = "configuration") -> MergekitConfig:
     """Raises :class:`InputError` with a ``mergekit_*`` code that names the key."""
     reader = _Reader(name)
-    reader.only(data, "", TOP_LEVEL)
+    reader.only(data, "", (*TOP_LEVEL, *IGNORED))
     if data.get("compat") not in (None, "mergekit"):
         raise reader.wrong("compat", "can only be mergekit in a mergekit configuration")
     method = known(reader.text(data, "merge_method", ""))
@@ -65,7 +66,12 @@ class _Reader:
             if key in _UNSUPPORTED:
                 problem, remedy = _UNSUPPORTED[key]
                 raise self.wrong(path, problem, "mergekit_unsupported", remedy=remedy)
-            raise self.wrong(path, "is not a key of mergekit's configuration", "mergekit_unknown_key")
+            raise self.wrong(
+                path,
+                "is not a key of mergekit's configuration",
+                "mergekit_unknown_key",
+                remedy=_closest(str(key), keys),
+            )
 
     def mapping(self, value: Any, field: str) -> Mapping[str, Any]:
         if not isinstance(value, Mapping):
@@ -159,7 +165,12 @@ class _Reader:
         names = [source.model for source in part.sources]
         for name in names:
             if names.count(name) > 1:
-                raise self.wrong(field, f"names the model {name!r} twice", "mergekit_duplicate_model")
+                raise self.wrong(
+                    field,
+                    f"names the model {name!r} twice",
+                    "mergekit_duplicate_model",
+                    remedy="Name it once, with the sum of its weights.",
+                )
         return part
 
     def settings(self, value: Any, field: str) -> Settings:
@@ -172,7 +183,10 @@ class _Reader:
             path = f"{field}.{key}"
             if key not in param_names():
                 raise self.wrong(
-                    path, "is not a parameter of any method of mergekit", "mergekit_unknown_parameter"
+                    path,
+                    "is not a parameter of any method of mergekit",
+                    "mergekit_unknown_parameter",
+                    remedy=_closest(str(key), sorted(param_names())),
                 )
             setting = settings.parse(item, path)
             param = next((param for param in method.params if param.name == key), None)
@@ -193,6 +207,7 @@ class _Reader:
         value = data.get(key)
         if value is None:
             return None
+        value = value.removeprefix("torch.") if isinstance(value, str) else value
         if not isinstance(value, str) or value not in DTYPES:
             raise self.wrong(
                 key, f"cannot be {value!r}", "mergekit_dtype", remedy=f"Use one of {', '.join(DTYPES)}."
@@ -210,6 +225,11 @@ class _Reader:
         if source is None or source in ("base", "union"):
             return source
         return self.model(source, "tokenizer_source")
+
+
+def _closest(word: str, words: Sequence[str]) -> str:
+    near = difflib.get_close_matches(word, words, n=1)
+    return f"Did you mean {near[0]}?" if near else "Remove it."
 
 
 _UNSUPPORTED = {

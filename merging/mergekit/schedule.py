@@ -119,10 +119,12 @@ class _Scheduler:
             )
         count = len(names)
         if count < method.min_inputs or (method.max_inputs is not None and count > method.max_inputs):
-            wanted = f"{method.min_inputs} to {method.max_inputs or 'any number of'}"
+            # the methods with a limit have a fixed number
             raise InputError(
                 "mergekit_input_count",
-                f"{method.name} takes {wanted} models, the base included; {where['field']} has {count}",
+                f"{method.name} takes {method.max_inputs} models, the base included; "
+                f"{where['field']} has {count}",
+                remedy="Give each slice that many models, or use a method that takes more, such as `linear`.",
                 where=where,
             )
 

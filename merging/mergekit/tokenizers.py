@@ -1,4 +1,4 @@
-"""Do the vocabularies of the models agree? Then every ``tokenizer_source`` means the donor's. No torch."""
+"""Do the vocabularies of the models agree? Then one tokenizer does for all of them. No torch."""
 
 from __future__ import annotations
 
@@ -7,46 +7,73 @@ from pathlib import Path
 from typing import Any
 
 from merging.errors import InputError
+from merging.formats.files import sha256_of
 from merging.formats.shards import read_json
 from merging.formats.source import check_inside
-from merging.formats.tensor_set import TensorSet
 from merging.mergekit.config import MergekitConfig
 
+Find = Callable[[str], Path]
+
 MAX_TOKENIZER_BYTES = 128 << 20
+FILES = (
+    "tokenizer.json",
+    "vocab.json",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "vocab.txt",
+)
+"""Where vocabularies stand. What is no JSON is compared as it is."""
+
+ADDED = "added_tokens.json"
 
 
-def check_tokenizers(
-    config: MergekitConfig, models: Mapping[str, TensorSet], resolve: Callable[[str], Path]
-) -> None:
-    """Raises ``mergekit_vocabulary`` if a source is asked for and the models' tokens differ.
+def tokenizer_folder(config: MergekitConfig, folders: Mapping[str, Path], resolve: Find) -> Path | None:
+    """The folder of the model whose tokenizer the result gets; ``None`` for that of the donor.
 
-    Without ``tokenizer_source`` nothing is looked at, as in mergekit: rows are merged as they stand.
+    ``folders`` are those of the models that are merged. Raises ``mergekit_vocabulary`` if a source is asked
+    for and the models' tokens differ. Without ``tokenizer_source`` nothing is looked at, as in mergekit: rows
+    are merged as they stand.
     """
-    if config.tokenizer_source is None:
-        return
-    folders = {model: found.path for model, found in models.items()}
-    if config.tokenizer_source not in ("base", "union"):
-        folders[config.tokenizer_source] = resolve(config.tokenizer_source)
+    source = config.tokenizer_source
+    if source is None:
+        return None
+    named = None if source in ("base", "union") else resolve(source)
+    folders = {**folders} if named is None else {**folders, source: named}
+    kind = next((file for file in FILES if all((at / file).exists() for at in folders.values())), FILES[0])
     first, *others = folders.items()
-    wanted = vocabulary(first[1], first[0])
+    wanted = vocabulary(first[1] / kind, first[0])
     for model, folder in others:
-        found = vocabulary(folder, model)
+        found = vocabulary(folder / kind, model)
         if found != wanted:
-            raise _differs(config.tokenizer_source, first[0], wanted, model, found)
+            raise _differs(source, first[0], wanted, model, found)
+    return named
 
 
-def vocabulary(folder: Path, label: str) -> dict[str, int]:
-    """Every token with its number, from ``tokenizer.json``. Raises ``mergekit_vocabulary``."""
-    path = folder / "tokenizer.json"
+def vocabulary(path: Path, label: str) -> dict[str, int]:
+    """Every token with its number, from one of ``FILES`` and what was added to it.
+
+    Of a file that is no JSON the digest stands for the tokens. Raises ``mergekit_vocabulary``.
+    """
     if not path.exists():
         raise InputError(
             "mergekit_vocabulary",
-            f"{label} has no tokenizer.json to compare vocabularies with",
+            f"{label} has no {path.name} to compare vocabularies with",
             remedy="Remove tokenizer_source if all models have one vocabulary.",
             where={"model": label, "file": path.name},
         )
-    check_inside(folder, path)
-    data = read_json(path, MAX_TOKENIZER_BYTES)
+    check_inside(path.parent, path)
+    if path.name == "tokenizer.json":
+        return _tokens(read_json(path, MAX_TOKENIZER_BYTES))
+    data = read_json(path, MAX_TOKENIZER_BYTES) if path.suffix == ".json" else {sha256_of(path): 0}
+    added = path.with_name(ADDED)
+    if added.exists():
+        check_inside(path.parent, added)
+        data |= read_json(added, MAX_TOKENIZER_BYTES)
+    return {token: number for token, number in data.items() if isinstance(number, int)}
+
+
+def _tokens(data: Mapping[str, Any]) -> dict[str, int]:
     tokens: dict[str, int] = {}
     model = data.get("model")
     vocab: Any = model.get("vocab") if isinstance(model, dict) else None

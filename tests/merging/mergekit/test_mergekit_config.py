@@ -142,3 +142,17 @@ def test_a_parameter_of_another_method_is_ignored_with_a_warning_as_in_mergekit(
                     "models": [{"model": "a"}, {"model": "b"}]})  # fmt: skip
     assert list(config.parameters) == ["t"]
     assert config.warnings == ("slerp does not read the parameter density; it is ignored",)
+
+
+def test_a_word_that_is_nearly_right_is_answered_with_the_right_one() -> None:
+    assert refused(ties(parameters={"wieght": 1})).remedy == "Did you mean weight?"
+    assert refused(ties(merge_metod="x")).remedy == "Did you mean merge_method?"
+    assert refused(ties(parameters={"xyz": 1})).remedy == "Remove it."
+
+
+def test_dtypes_may_be_spelled_as_torch_does() -> None:
+    assert parse(ties(dtype="torch.bfloat16")).dtype == "BF16"
+
+
+def test_the_name_that_several_documents_go_by_says_nothing() -> None:
+    assert parse(ties(name="step-one")).method.name == "ties"

@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 from mergekit_tools import Checkpoints, cases, reference
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import merging
 from benchmarks.checkpoint_inputs import SHAPES, write_checkpoints
@@ -153,6 +153,45 @@ def test_vocabularies_that_differ_are_refused_if_a_tokenizer_is_asked_for(tmp_pa
     merge(document, Checkpoints(tmp_path), tmp_path / "out")
 
 
+@pytest.mark.parametrize("name", ["vocab.json", "tokenizer.model"])
+def test_vocabularies_are_compared_in_the_files_that_all_models_have(tmp_path: Path, name: str) -> None:
+    folders = write_checkpoints(tmp_path, SHAPES["tiny"])
+    for folder in folders:
+        (folder / name).write_text('{"a": 0, "b": 1}')
+    (tmp_path / "tuned-0" / "tokenizer.json").unlink()
+    merge(cases()["ties"], Checkpoints(tmp_path), tmp_path / "out")
+    for other, text in ((name, '{"a": 1, "b": 0}'), ("added_tokens.json", '{"c": 2}')):
+        before = (tmp_path / "tuned-2" / other).read_text() if other == name else "{}"
+        (tmp_path / "tuned-2" / other).write_text(text)
+        with pytest.raises(InputError) as error:
+            merge(cases()["ties"], Checkpoints(tmp_path), tmp_path / "refused")
+        assert error.value.code == "mergekit_vocabulary"
+        (tmp_path / "tuned-2" / other).write_text(before)
+
+
+def test_the_tokenizer_of_a_named_model_comes_with_the_result(tmp_path: Path) -> None:
+    for folder in write_checkpoints(tmp_path, SHAPES["tiny"]):
+        (folder / "chat_template.jinja").write_text(folder.name)
+        (folder / "generation_config.json").write_text(json.dumps({"of": folder.name}))
+    told = {}
+    for source in ("base", "union", "tuned-1"):
+        document = {**cases()["ties"], "tokenizer_source": source}
+        out = merge(document, Checkpoints(tmp_path), tmp_path / f"out-{source}").path
+        told[source] = (out / "chat_template.jinja").read_text()
+        assert json.loads((out / "generation_config.json").read_text()) == {"of": "base"}
+    assert told == {"base": "base", "union": "base", "tuned-1": "tuned-1"}
+
+
+def test_a_tokenizer_source_that_is_not_there_is_named(checkpoints: Checkpoints, tmp_path: Path) -> None:
+    document = {**cases()["ties"], "tokenizer_source": "nobody"}
+    with pytest.raises(InputError) as error:
+        merging.merge(
+            document, tmp_path / "out", resolve=lambda name: local_path(str(checkpoints.folder / name))
+        )
+    assert error.value.code == "model_not_found"
+    assert "hf://" in (error.value.remedy or "")
+
+
 def test_a_model_that_is_not_there_is_named_with_how_the_hub_is_spelled(tmp_path: Path) -> None:
     document = {**cases()["linear"], "models": [{"model": "org/name", "parameters": {"weight": 1}}]}
     with pytest.raises(InputError) as error:
@@ -206,3 +245,17 @@ def test_the_command_line_runs_a_configuration_as_it_is(checkpoints: Checkpoints
     refused = subprocess.run([*argv, "--overwrite"], capture_output=True, text=True, check=False)
     assert refused.returncode == 2
     assert "mergekit_unsupported" in refused.stderr
+
+
+def test_slerp_in_float64_takes_its_place_in_float64(tmp_path: Path) -> None:
+    for name, value in (("base", 1.0), ("other", 4.0)):
+        (tmp_path / name).mkdir()
+        save_file(
+            {"x": torch.full((2, 2), value, dtype=torch.float64)}, tmp_path / name / "model.safetensors"
+        )
+    document = {
+        "merge_method": "slerp", "base_model": "base", "models": [{"model": "other"}],
+        "parameters": {"t": 0.59}, "dtype": "float64",
+    }  # fmt: skip
+    out = merge(document, Checkpoints(tmp_path), tmp_path / "out").path
+    assert weights(out)["x"].tolist() == [[(1 - 0.59) * 1.0 + 0.59 * 4.0] * 2] * 2
