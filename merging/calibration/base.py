@@ -139,6 +139,23 @@ class Base:
             )
 
 
+@contextmanager
+def first_pass(label: str) -> Iterator[None]:
+    """The first time that the model sees samples. Raises ``samples_do_not_fit`` for what it cannot take."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
+        problem = " ".join(str(error).split())[:200]
+        raise InputError(
+            "samples_do_not_fit",
+            f"the base model cannot take the samples of {label}: {problem}",
+            remedy="Give texts to a text model, and pictures of its size and channels to an image model.",
+            where={"model": label, "field": "data"},
+        ) from error
+
+
 def _renamed(model: Any, name: str) -> str:
     """The name in memory of a layer that files and older adapters call ``name``: the library renames some."""
     try:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, normalize
 
-from merging.calibration.base import Base, Kind
+from merging.calibration.base import Base, Kind, first_pass
 from merging.calibration.heads import Head
 from merging.calibration.inputs import Inputs
 from merging.calibration.samples import Samples, draw, encode, load_tokenizer
@@ -164,9 +164,12 @@ class EncoderClassifier:
         """One batch of every task through the base alone: heads fit, and all is finite."""
         for task, head in enumerate(self.heads):
             size = min(self.batch_size, len(self.samples[task]))
+            batch = self.samples[task].batch(range(size))
             with torch.no_grad():
+                with first_pass(head.label):
+                    self.base.run(batch)
                 try:
-                    logits = head.logits(self.samples[task].batch(range(size)))
+                    logits = head.logits(batch)
                 except RuntimeError as error:
                     problem = " ".join(str(error).split())[:200]
                     raise InputError(

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from merging.calibration.base import Base
+from merging.calibration.base import Base, first_pass
 from merging.calibration.samples import Samples
 from merging.calibration.settings import CalibrationSettings
 from merging.errors import InputError
@@ -160,7 +160,7 @@ def look(base: Base, samples: Samples, watch: Watch, replaced: Mapping[str, Tens
     """A first pass over one batch: which layers share an input, and whether all is finite."""
     first = samples.batch(batches(len(samples), watch.settings.batch_size)[0])
     watch.mask = first.get("attention_mask")
-    with torch.no_grad(), base.hooked(watch):
+    with torch.no_grad(), base.hooked(watch), first_pass(watch.label):
         base.run(first, replaced)
     unseen = [name for name in base.layers if name not in watch.shared]
     if unseen:

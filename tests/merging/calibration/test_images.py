@@ -76,6 +76,33 @@ def test_a_start_has_the_names_that_training_knows(pictures: dict[str, Any], tmp
     assert all(torch.equal(value, read[key]) for key, value in loaded.items())
 
 
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        {"pixel_values": torch.zeros(16, 3, 8, 8)},
+        {"pixel_values": torch.zeros(16, 1, 4, 4)},
+        {"input_ids": torch.zeros(16, 5, dtype=torch.int64)},
+    ],
+    ids=["channels", "size", "tokens"],
+)
+@pytest.mark.parametrize("method", ["adarank", "regmean"])
+def test_samples_that_the_model_cannot_take_are_refused(
+    pictures: dict[str, Any], tmp_path: Path, tensors: dict[str, torch.Tensor], method: str
+) -> None:
+    save_file(tensors, str(tmp_path / "wrong.safetensors"))
+    models = [dict(entry) for entry in pictures["models"]]
+    models[1]["data"] = str(tmp_path / "wrong.safetensors")
+    if method == "adarank":
+        for t, entry in enumerate(models):
+            entry["head"] = str(Path(pictures["base_model"]).with_name(f"head{t}.safetensors"))
+    seen: list[str] = []
+    recipe = {**pictures, "merge_method": method, "models": models}
+    with pytest.raises(InputError) as caught:
+        merging.merge(recipe, tmp_path / "out", progress=lambda step: seen.append(step.phase))
+    assert caught.value.code == "samples_do_not_fit"
+    assert {"calibrate", "adapt"}.isdisjoint(seen)
+
+
 def test_a_head_needs_all_that_it_stands_on(tmp_path: Path) -> None:
     """A BERT classifier reads a pooler: one drawn at random would make every prediction meaningless."""
     from test_adaptation import adarank, write_classifier
