@@ -31,6 +31,8 @@ QUIET = {
 }
 """What the client library is to find in the environment of workers."""
 
+_SILENCE_SECONDS = 120.0
+"""A hub that says nothing for so long is given up; without a limit it would keep the worker for hours."""
 _CONFIG, _WEIGHTS, _PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 _DIFFUSERS = "pytorch_lora_weights.safetensors"
 _WHOLE = re.compile(r"^model(-\d+-of-\d+)?\.safetensors$")
@@ -73,7 +75,9 @@ class RemoteHub:
         Raises ``hub_not_found``, ``hub_denied``, ``hub_unreachable``, ``hub_no_model``.
         """
         with _translated(str(reference)):
-            info = self._api().model_info(reference.repo, revision=reference.revision, files_metadata=True)
+            info = self._api().model_info(
+                reference.repo, revision=reference.revision, files_metadata=True, timeout=_SILENCE_SECONDS
+            )
         files = [_file(sibling) for sibling in info.siblings or ()]
         return Snapshot(reference.repo, str(info.sha), _chosen(files, str(reference)))
 
@@ -115,13 +119,14 @@ class RemoteHub:
 
     def _api(self) -> HfApi:
         try:
-            from huggingface_hub import HfApi
+            from huggingface_hub import HfApi, get_session
         except ImportError:
             raise MergeFailure(
                 "hub_client_missing",
                 "the worker has no client for other hubs",
                 remedy="Install the extra: pip install 'merganser[hub]'",
             ) from None
+        get_session().timeout = _SILENCE_SECONDS  # by itself it waits for ever
         return HfApi(endpoint=self._endpoint, token=self._token)
 
 

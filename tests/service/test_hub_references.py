@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import socket
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 
 from merging.errors import InputError, MergeError, MergeFailure
@@ -214,6 +216,21 @@ def test_errors_of_the_client_have_codes(error: Exception, kind: type[MergeError
     assert type(found) is kind
     assert found.code == code
     assert "hf_secret" not in str(found)
+
+
+def test_a_hub_that_never_answers_is_given_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("service.remote.hub._SILENCE_SECONDS", 0.2)
+    (tmp_path / "a.md").write_text("x")
+    with socket.create_server(("127.0.0.1", 0)) as deaf:
+        hub = RemoteHub(f"http://127.0.0.1:{deaf.getsockname()[1]}", None)
+        for ask in (
+            lambda: hub.look_up(RemoteReference("", "a/b")),
+            lambda: hub.push(tmp_path, "a/b", revision=None, private=True, message="x"),
+        ):
+            with pytest.raises(MergeFailure) as caught:
+                ask()
+            assert caught.value.code == "hub_unreachable"
+    huggingface_hub.close_session()  # other tests are in no such hurry
 
 
 def test_unknown_errors_are_not_hidden() -> None:
