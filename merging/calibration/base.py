@@ -73,6 +73,12 @@ class Base:
         return embedding.num_embeddings if isinstance(embedding, nn.Embedding) else None
 
     @property
+    def padding(self) -> int | None:
+        """The token that pads, where the model states one."""
+        value = getattr(self.model.config, "pad_token_id", None)
+        return value if isinstance(value, int) else None
+
+    @property
     def positions(self) -> int | None:
         """The longest sequence, where the model states one."""
         value = getattr(self.model.config, "max_position_embeddings", None)

@@ -63,6 +63,16 @@ def _check_statistics(inputs: Inputs, adapters: Sequence[Adapter], whole: bool) 
             "Compute them with the base model of the recipe.",
             "statistics",
         )
+    rows = {file.info.row for file in files}
+    if any(inputs.datasets):
+        rows.add(inputs.settings.rows)
+    if len(rows) > 1:
+        fail(
+            "statistics_rows_mismatch",
+            "for some tasks a row of the statistics is a token, for others a sample",
+            "Compute them with one setting of calibration.rows.",
+            "calibration.rows",
+        )
     own = {adapter.digest: adapter.label for adapter in adapters} if inputs.features == "model" else {}
     for file, adapter in zip(inputs.statistics, adapters, strict=True):
         if file is None:

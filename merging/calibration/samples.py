@@ -83,6 +83,14 @@ def load_tokenizer(folder: Path, base: Base) -> Any:
             remedy="Use the tokenizer of the base model.",
             where=where,
         )
+    padding, own = base.padding, tokenizer.pad_token_id
+    if padding is not None and own is not None and padding != own:
+        raise InputError(
+            "tokenizer_mismatch",
+            f"the tokenizer in {folder.name} pads with the token {own}, the base model with {padding}",
+            remedy="Use the tokenizer of the base model.",
+            where=where,
+        )
     return tokenizer
 
 

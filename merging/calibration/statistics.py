@@ -131,6 +131,8 @@ class Watch:
     def _rows(self, name: str, x: Tensor) -> Tensor:
         """The rows ``(k, n)`` that count. Raises ``activations_not_finite``."""
         rows = x.detach().float()
+        if rows.ndim == 2 and self.mask is not None and len(rows) == self.mask.numel():
+            rows = rows.view(*self.mask.shape, -1)  # some models put the tokens of all samples in one list
         if rows.ndim == 3 and self.mask is not None and rows.shape[:2] == self.mask.shape:
             keep = self.mask.to(rows.device).bool()
             if self.settings.rows == "samples":

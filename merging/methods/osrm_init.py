@@ -69,10 +69,10 @@ def split(stack: UpdateStack, ctx: Context) -> MultiMerged:
     starts: list[list[Tensor]] = [[] for _ in stack.tasks]
     read = torch.zeros(stack.G, stack.T, dtype=torch.float64)
     for g, name in enumerate(stack.names):
-        grams = [ctx.data.gram(name, task) for task in stack.tasks]
-        total = torch.stack([gram.double() / gram.double().trace() for gram in grams]).sum(0)
+        grams = [_shares(ctx.data.gram(name, task)) for task in stack.tasks]
+        total = torch.stack(grams).sum(0)
         for t, task in enumerate(stack.tasks):
-            own = grams[t].double() / grams[t].double().trace()
+            own = grams[t]
             others = total - own
             if params.statistic == "mean":
                 means = [ctx.data.mean(name, other) for other in stack.tasks if other != task]
@@ -88,6 +88,12 @@ def split(stack: UpdateStack, ctx: Context) -> MultiMerged:
         updates.append(LowRank(A.new_zeros(stack.G, stack.m, params.r), A))
     chance = torch.full_like(read, params.r / stack.n)
     return MultiMerged(tuple(updates), {}, {"interference": read, "interference_of_chance": chance})
+
+
+def _shares(gram: Tensor) -> Tensor:
+    """A Gram matrix in units of its trace, so that tasks count alike; float64."""
+    gram = gram.double()
+    return gram / gram.trace().clamp_min(1e-300)
 
 
 def _row_space(rows: Tensor) -> Tensor:

@@ -270,6 +270,13 @@ def test_the_tokenizer_of_another_model_is_refused(tiny: Recipe, tmp_path: Path)
     assert refused(recipe, tmp_path, planned=False).code == "tokenizer_mismatch"
 
 
+def test_a_tokenizer_that_pads_otherwise_is_refused(tiny: Recipe, tmp_path: Path) -> None:
+    """As long as that of the base, but of another model."""
+    other = write_tokenizer(tmp_path / "tokenizer", ("[UNK]", "[PAD]", *VOCABULARY[2:]))
+    recipe = {**tiny, "merge_method": "regmean", "calibration": {"tokenizer": str(other)}}
+    assert refused(recipe, tmp_path, planned=False).code == "tokenizer_mismatch"
+
+
 def test_ids_beyond_the_vocabulary_are_refused(tiny: Recipe, tmp_path: Path) -> None:
     ids = torch.full((20, 4), len(VOCABULARY), dtype=torch.long)
     save_file({"input_ids": ids}, str(tmp_path / "ids.safetensors"))
@@ -323,6 +330,22 @@ def test_statistics_of_two_bases_are_refused(statistics: Recipe, tiny: Recipe, t
     del statistics["base_model"]
     statistics["models"][0]["statistics"] = str(tmp_path / "more" / "task0.safetensors")
     assert refused(statistics, tmp_path).code == "statistics_base_mismatch"
+
+
+@pytest.mark.parametrize("how", ["two files", "a file and data"])
+def test_statistics_of_tokens_and_of_samples_do_not_mix(
+    statistics: Recipe, tiny: Recipe, tmp_path: Path, how: str
+) -> None:
+    first = statistics["models"][0]
+    if how == "two files":
+        recipe = {**tiny, "merge_method": "regmean", "calibration": {"rows": "samples"}}
+        write_statistics(recipe, tmp_path / "more")
+        first["statistics"] = str(tmp_path / "more" / "task0.safetensors")
+    else:
+        del first["statistics"]
+        first["data"] = tiny["models"][0]["data"]
+        statistics["calibration"] = {"rows": "samples"}
+    assert refused(statistics, tmp_path).code == "statistics_rows_mismatch"
 
 
 def test_statistics_of_another_task_are_refused(statistics: Recipe, tmp_path: Path) -> None:

@@ -14,7 +14,8 @@ from tiny_models import MODULES
 from torch import Tensor
 
 import merging
-from merging.calibration.statistics import GramSum, Sketch
+from merging.calibration.settings import CalibrationSettings
+from merging.calibration.statistics import GramSum, Sketch, Watch
 from merging.calibration.statistics_file import METADATA_KEY, StatisticsFile
 from merging.calibration.write import write_statistics
 from merging.errors import InputError
@@ -129,6 +130,21 @@ def test_statistics_need_neither_the_base_nor_the_samples(tiny: dict[str, Any], 
     del alone["base_model"]
     report = merging.merge(alone, tmp_path / "out").report
     assert report["calibration"]["features"] == "model"
+
+
+@pytest.mark.parametrize("rows", ["tokens", "samples"])
+def test_padding_does_not_count_in_a_list_of_all_tokens_either(rows: str) -> None:
+    """Some models drop the axis of samples on the way."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 4, 5, generator=generator)
+    found = []
+    for shaped in (x, x.reshape(12, 5)):
+        watch = Watch("task", CalibrationSettings.model_validate({"rows": rows}), looking=False)
+        watch.mask = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 1, 1]])
+        watch.start("layer", 5, torch.device("cpu"))
+        watch("layer", shaped, shaped)
+        found.append(watch.sums["layer"].matrix())
+    assert torch.equal(found[0], found[1])
 
 
 def test_a_sketch_is_exact_while_it_is_small_and_bounded_after() -> None:
