@@ -33,7 +33,12 @@ async def sniffed(chunks: AsyncIterator[bytes], name: str) -> AsyncIterator[byte
 
 
 async def drain(request: Request) -> None:
-    """Read on a little, because clients look for the answer only after they have sent everything."""
+    """Read on a little, because clients look for the answer only after they have sent everything.
+
+    Those that ask before they send anything look for it at once.
+    """
+    if request.headers.get("expect", "").lower() == "100-continue":
+        return
     left = _DRAIN
     try:
         async for chunk in request.stream():

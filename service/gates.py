@@ -38,7 +38,8 @@ class HostGate:
             await self._app(scope, receive, send)
             return
         origin = _header(scope, b"origin")
-        if not self._allowed("//" + _header(scope, b"host")):
+        hosts = [value for key, value in scope["headers"] if key == b"host"]
+        if len(hosts) != 1 or not self._allowed("//" + hosts[0].decode("latin-1")):
             response = problem(
                 421,
                 "host_not_allowed",

@@ -31,6 +31,10 @@ _CODES = {
 }
 
 
+_NOT_PARSED = ("dict_type", "model_attributes_type")
+"""The errors for a body that was left as it came."""
+
+
 class ProblemResponse(JSONResponse):
     """A problem document."""
 
@@ -82,6 +86,7 @@ async def _invalid(request: Request, error: Exception) -> ProblemResponse:
     assert isinstance(error, RequestValidationError)
     errors = []
     malformed = False
+    sent = request.headers.get("content-type", "")
     for item in error.errors():
         source, *path = [str(part) for part in item["loc"]] or ["body"]
         kind = item["type"]
@@ -93,6 +98,11 @@ async def _invalid(request: Request, error: Exception) -> ProblemResponse:
         if source != "body":
             errors[-1]["parameter"] = ".".join(path)
     first = errors[0]
+    if first.get("pointer") == "/" and first["kind"] in _NOT_PARSED and "json" not in sent:
+        return problem(
+            415, "unsupported_media_type", "the body is not marked as JSON", instance=request.url.path,
+            remedy="Send the header Content-Type: application/json",
+        )  # fmt: skip
     place = first.get("parameter") or first.get("pointer", "/")
     if malformed:
         return problem(

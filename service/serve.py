@@ -14,6 +14,7 @@ import uvicorn
 
 from merging.errors import InputError
 from service.app import create_app
+from service.connections import Connection
 from service.settings import Settings
 from service.storage import Storage
 
@@ -73,6 +74,7 @@ def make_server(settings: Settings) -> Server:
     config = uvicorn.Config(
         create_app(settings),
         lifespan="on",
+        http=Connection,
         log_config=None,
         access_log=False,
         server_header=False,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import closing
+from http.client import HTTPConnection
+
 import httpx
 import pytest
 
@@ -13,6 +16,16 @@ def test_a_page_of_another_origin_changes_nothing(http: httpx.Client, origin: st
     answer = http.post("/hf/api/repos/create", content='{"name": "planted"}', headers=headers)
     assert (answer.status_code, answer.json()["code"]) == (403, "origin_not_allowed")
     assert http.get("/hf/api/models/local/planted").status_code == 404
+
+
+@pytest.mark.parametrize("names", [[], ["127.0.0.1", "evil.example"], ["evil.example", "127.0.0.1"]])
+def test_a_request_has_one_host(http: httpx.Client, names: list[str]) -> None:
+    with closing(HTTPConnection(http.base_url.host, http.base_url.port or 80, timeout=10)) as connection:
+        connection.putrequest("GET", "/v1/models", skip_host=True)
+        for name in names:
+            connection.putheader("Host", name)
+        connection.endheaders()
+        assert connection.getresponse().status == 421
 
 
 def test_its_own_pages_can(http: httpx.Client) -> None:

@@ -7,8 +7,6 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.service.conftest import Pair
-
 MEMBERS = {"type", "title", "status", "detail", "code", "errors", "instance"}
 
 
@@ -51,6 +49,19 @@ def test_a_body_that_is_not_json(http: httpx.Client, body: bytes) -> None:
     assert answer.json()["code"] in ("body_not_json", "bad_request")
 
 
+@pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "", None])
+@pytest.mark.parametrize("path", ["/v1/merges", "/v1/uploads"])
+def test_json_that_is_not_marked_as_such(http: httpx.Client, path: str, kind: str | None) -> None:
+    """What `curl -d` sends by itself, for instance."""
+    headers = {} if kind is None else {"Content-Type": kind}
+    problem = check(http.post(path, content=b'{"a": 1}', headers=headers), 415, "unsupported_media_type")
+    assert "Content-Type: application/json" in problem["remedy"]
+
+
+def test_no_body_where_one_is_needed(http: httpx.Client) -> None:
+    check(http.post("/v1/merges"), 422, "request_invalid")
+
+
 @pytest.mark.parametrize("body", ["[]", "7", '"text"', "null"])
 def test_a_body_of_the_wrong_kind(http: httpx.Client, body: str) -> None:
     answer = http.post("/v1/merges", content=body, headers={"Content-Type": "application/json"})
@@ -62,10 +73,6 @@ def test_a_number_that_json_does_not_know(http: httpx.Client) -> None:
     body = '{"merge_method": "linear", "models": [{"model": "a/b"}], "parameters": {"weight": NaN}}'
     answer = http.post("/v1/merges", content=body, headers={"Content-Type": "application/json"})
     check(answer, 422, "recipe_type")
-
-
-def test_a_body_without_a_content_type_is_not_taken_for_json(http: httpx.Client, pair: Pair) -> None:
-    check(http.post("/v1/merges", content=b'{"merge_method": "linear"}'), 422, "request_invalid")
 
 
 @pytest.mark.parametrize("path", ["/v1/merges", "/v1/merges/plan"])

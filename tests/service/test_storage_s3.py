@@ -16,7 +16,7 @@ import pytest
 from merging.errors import InputError
 from service.addresses import with_parameters
 from service.errors import Unavailable
-from service.storage import Storage, StorageRefused, StorageUnavailable, objects, stores
+from service.storage import Storage, StorageRefused, StorageUnavailable, files, stores
 from tests.seaweed import BUCKET, OWNER, READER, REGION, Seaweed
 
 STEPS: dict[str, Callable[[Storage], object]] = {
@@ -61,7 +61,7 @@ def test_what_the_bucket_does_not_copy_by_itself_is_streamed(
     content = bytes(range(256)) * (80 << 10)
     (tmp_path / "file").write_bytes(content)
     storage.put_file("large", tmp_path / "file")
-    monkeypatch.setattr(objects, "_COPY_LIMIT", len(content) - 1)
+    monkeypatch.setattr(files, "_COPY_LIMIT", len(content) - 1)
     monkeypatch.setattr("obstore.copy", None)
     storage.copy("large", "copies/large")
     assert b"".join(storage.chunks("copies/large")) == content
