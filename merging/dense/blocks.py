@@ -19,6 +19,7 @@ from merging.dense import spectral
 from merging.dense.plan import DensePlan
 from merging.dense.stack import DenseStack, HeldRows, Rows, StoredRows, adapter_rows
 from merging.dense.table import Input, TensorJob
+from merging.dense.watch import Watch
 from merging.errors import InputError, MergeFailure
 from merging.formats.adapter import Adapter
 from merging.formats.tensor_set import TensorSet
@@ -38,7 +39,8 @@ Emit = Callable[[int, Tensor], None]
 class Measured:
     """What one merged tensor tells the report: squared norms and inner products, per task and in whole.
 
-    All are of the unscaled merged update. ``discarded`` is the squared norm given up by a truncation.
+    All are of the unscaled merged update. ``discarded`` is the squared norm given up by a truncation;
+    ``diagnostics`` is what a :class:`~merging.dense.watch.Watch` found.
     """
 
     name: str
@@ -50,6 +52,7 @@ class Measured:
     inner: tuple[float, ...] = ()
     discarded: float = 0.0
     rank: int | None = None
+    diagnostics: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -181,10 +184,10 @@ def squares(stack: DenseStack, ctx: Context) -> tuple[float, ...]:
     return tuple(found)
 
 
-def measured(job: TensorJob, found: Blocks, emit: Emit | None) -> Measured:
+def measured(job: TensorJob, found: Blocks, emit: Emit | None, watch: Watch | None = None) -> Measured:
     """Run through the blocks, hand each to ``emit`` and measure it against the task vectors.
 
-    Raises ``non_finite_tensor`` where a task vector is not finite.
+    ``watch`` sees them before. Raises ``non_finite_tensor`` where a task vector is not finite.
     """
     m, n = job.matrix
     T = len(job.tasks)
@@ -196,9 +199,14 @@ def measured(job: TensorJob, found: Blocks, emit: Emit | None) -> Measured:
             task = x[t].view(-1)
             inputs2[t] += float(torch.dot(task, task))
             inner[t] += float(torch.dot(task, flat))
+        if watch is not None:
+            watch.see(start, update, x)
         if emit is not None:
             emit(start, update)
-    return Measured(job.name, m, n, job.tasks, norm2, tuple(inputs2), tuple(inner), found.discarded)
+    measures = Measured(job.name, m, n, job.tasks, norm2, tuple(inputs2), tuple(inner), found.discarded)
+    if watch is not None:
+        measures.diagnostics = watch.found()
+    return measures
 
 
 def check_inputs(plan: DensePlan, job: TensorJob) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from merging import catalog
 from merging.errors import InputError
 from merging.formats.adapter import READERS, Adapter, open_adapter
-from merging.formats.checkpoint_in import holds_checkpoint, open_checkpoint
+from merging.formats.checkpoint_in import CONFIG_NAME, holds_checkpoint, open_checkpoint
 from merging.formats.guard import check_safetensors
 from merging.formats.source import Source
 from merging.formats.tails import refuse_unsupported
@@ -50,8 +50,8 @@ def open_model(path: Path, label: str) -> Model:
         return open_checkpoint(path, label=label)
     if holds_task_vector(path):
         return open_task_vector(path, label=label)
-    if _is_plain_file(path):
-        return open_checkpoint(path, label=label)
+    if _is_plain_file(path) or (path.is_dir() and (path / CONFIG_NAME).exists()):
+        return open_checkpoint(path, label=label)  # or why it is none
     return open_adapter(path, label=label)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from merging import catalog
 from merging.catalog import Resolved
 from merging.dense.inputs import Model, Resolve, is_dense, is_entrywise, open_base, open_model
-from merging.dense.table import FLOATS, Table, TensorJob, base_required, build_table
+from merging.dense.table import BUFFERS, FLOATS, Table, TensorJob, base_required, build_table
 from merging.errors import InputError
 from merging.formats.adapter import Adapter
 from merging.formats.compatible import check_compatible
@@ -80,7 +80,7 @@ class DensePlan:
 
     def dtype(self, job: TensorJob) -> str:
         """The dtype in which a tensor is written."""
-        if job.dtype not in FLOATS:
+        if job.dtype not in FLOATS or job.name.endswith(BUFFERS):
             return job.dtype
         output = self.recipe.output
         if output.dtype != "auto":

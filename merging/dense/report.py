@@ -6,11 +6,12 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from merging.dense import watch
 from merging.dense.inputs import Model
 from merging.dense.plan import DensePlan, Origin
 from merging.dense.runner import ShardResult
 from merging.dense.settled import Settled
-from merging.diagnostics.telling import relation
+from merging.diagnostics.telling import number, relation
 from merging.report import versions
 
 SHOWN = 5
@@ -78,6 +79,7 @@ def _summary(plan: DensePlan, tensors: Sequence[dict[str, Any]], factor: float) 
     norm = math.sqrt(merged) * abs(factor)
     mean = sum(math.sqrt(square) for square in squares) / T
     ranks = [tensor["rank"] for tensor in tensors if tensor["rank"] is not None]
+    diagnostics, gaps = watch.whole_data(tensors, T)
     return {
         "modules": len(tensors),
         "copied": len(plan.jobs) - len(tensors),
@@ -92,9 +94,11 @@ def _summary(plan: DensePlan, tensors: Sequence[dict[str, Any]], factor: float) 
                 "model": label,
                 "norm": math.sqrt(squares[task]),
                 **relation(norm, squares[task], factor * products[task]),
+                "l1_gap": gaps[task],
             }
             for task, label in enumerate(plan.labels)
         ],
+        "diagnostics": diagnostics,
     }
 
 
@@ -111,9 +115,17 @@ def _entry(plan: DensePlan, tensor: dict[str, Any], factor: float) -> dict[str, 
                 "model": plan.labels[task],
                 "norm": math.sqrt(square),
                 **relation(norm, square, factor * product),
+                "l1_gap": number(gap),
             }
-            for task, square, product in zip(tensor["tasks"], tensor["inputs2"], tensor["inner"], strict=True)
+            for task, square, product, gap in zip(
+                tensor["tasks"],
+                tensor["inputs2"],
+                tensor["inner"],
+                tensor["diagnostics"]["l1_gap"],
+                strict=True,
+            )
         ],
+        "diagnostics": watch.module_data(tensor),
     }
 
 

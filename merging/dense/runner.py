@@ -24,6 +24,7 @@ from merging.dense.plan import DensePlan, ShardPlan
 from merging.dense.settled import Settled
 from merging.dense.stack import DenseStack, StoredRows
 from merging.dense.table import TensorJob
+from merging.dense.watch import Watch
 from merging.errors import MergeFailure
 from merging.execute import in_order
 from merging.formats.checkpoint_out import ShardWriter
@@ -142,14 +143,22 @@ class DenseRunner:
     def merge_tensor(
         self, job: TensorJob, settled: Settled, emit: blocks.Emit | None, stack: DenseStack | None = None
     ) -> blocks.Measured:
-        """Merge one tensor, handing the unscaled update to ``emit`` block by block."""
+        """Merge one tensor, handing the unscaled update to ``emit`` block by block.
+
+        Without ``emit`` it is one of the passes before the merge, which tell no diagnostics.
+        """
         stack = stack or blocks.open_stack(self.plan, job, settled.scales)
+        watch = None
+        if emit is not None:
+            watch = Watch(
+                job.name, job.matrix, len(job.tasks), seed=self.context.seed, factor=settled.lambda_
+            )
         context = replace(self.context, shared=settled.shared)
         try:
             found = blocks.merged_blocks(
                 stack, self.kernel, self.plan.resolved.method.name, context, vector=len(job.shape) != 2
             )
-            measured = blocks.measured(job, found, emit)
+            measured = blocks.measured(job, found, emit, watch)
         except (MergeFailure, RuntimeError):
             blocks.check_inputs(self.plan, job)  # the cause, if it is in the inputs
             raise

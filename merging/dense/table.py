@@ -19,8 +19,8 @@ from merging.formats.tensor_set import TensorSet
 
 FLOATS = ("F16", "BF16", "F32", "F64")
 _SHOWN = 10
-_BUFFERS = (".rotary_emb.inv_freq", ".position_ids", ".masked_bias", ".attn.bias")
-"""Buffers that some versions of a library save and others do not; they are never merged."""
+BUFFERS = (".rotary_emb.inv_freq", ".position_ids", ".masked_bias", ".attn.bias")
+"""Buffers that some versions of a library save and others do not; they are never merged, nor rounded."""
 
 InputKind = Literal["full", "delta", "lowrank"]
 
@@ -164,7 +164,7 @@ class _Matcher:
         lacking = [
             name
             for name, info in self.frame.items()
-            if name not in model.infos and info.dtype in FLOATS and not name.endswith(_BUFFERS)
+            if name not in model.infos and info.dtype in FLOATS and not name.endswith(BUFFERS)
         ]
         if lacking and kind == "full" and self.missing == "error":
             raise self._listing(
@@ -182,13 +182,13 @@ class _Matcher:
                     f"{model.label}: tensor {name} is {info.dtype}, in the base it is {expected.dtype}",
                     where={"model": model.label, "tensor": name},
                 )
-            if expected.dtype not in FLOATS or name.endswith(_BUFFERS) or not math.prod(info.shape):
+            if expected.dtype not in FLOATS or name.endswith(BUFFERS) or not math.prod(info.shape):
                 continue  # copied from the base
             self.inputs[name].append(Input(index, name, kind))
             self.wide[name] = self.wide.get(name, False) or info.dtype == "F64"
 
     def _ignored(self, name: str, model: TensorSet) -> bool:
-        if name.endswith(_BUFFERS):
+        if name.endswith(BUFFERS):
             return True
         for one in (self.base, model):
             if one is not None and name == tied(one)[1]:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from merging.formats.files import sha256_of
 from merging.formats.guard import TensorInfo, check_safetensors
-from merging.formats.shards import check_against, read_index
+from merging.formats.shards import check_against, index_error, read_index
 from merging.formats.source import check_inside
 from merging.formats.tensors import TensorFile
 
@@ -102,6 +102,13 @@ def open_files(folder: Path, stem: str) -> tuple[TensorFile, ...]:
         return (open_file(folder, f"{stem}.safetensors"),)
     check_inside(folder, index)
     weight_map = read_index(index)
+    single = f"{stem}.safetensors"
+    if (folder / single).exists() and single not in weight_map.values():
+        raise index_error(
+            index.name,
+            f"stands beside {single}, which it does not name; which of them is the model cannot be told",
+            remedy="Remove the one that is out of date",
+        )
     files = tuple(open_file(folder, name) for name in sorted(set(weight_map.values())))
     held: dict[str, list[str]] = {}
     for file in files:

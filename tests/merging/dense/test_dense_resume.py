@@ -27,9 +27,12 @@ from merging.dense.runner import DenseRunner
 from merging.errors import Cancelled, InputError, MergeFailure
 from merging.formats.result_dir import lock_folder
 from merging.planning import local_path
+from tests.running import alive
 
 HERE = Path(__file__).parent
 SHARD_BYTES = 700
+PAUSE = 0.004
+"""So long a child pauses after each tensor, in seconds."""
 
 
 @pytest.fixture
@@ -78,11 +81,8 @@ def warm(tmp_path: Path) -> Iterator[Warm]:
 def kill_and_rerun(warm: Warm, tmp_path: Path, data: dict[str, Any], times: int, seed: int) -> None:
     path = tmp_path / "recipe.json"
     path.write_text(json.dumps(data))
-    for _ in range(2):  # the first one waits for the process to be warm
-        started = time.monotonic()
-        warm.start(path, tmp_path / "whole", tmp_path / "log")
-        assert warm.wait() == 0
-    duration = time.monotonic() - started
+    warm.start(path, tmp_path / "whole", tmp_path / "log")
+    assert warm.wait() == 0
     expected = contents(tmp_path / "whole")
     total = (tmp_path / "log").stat().st_size
     with prepare_dense(Recipe.load(data), resolve=local_path, shard_bytes=SHARD_BYTES) as plan:
@@ -93,7 +93,7 @@ def kill_and_rerun(warm: Warm, tmp_path: Path, data: dict[str, Any], times: int,
     for trial in range(times):
         out = tmp_path / f"out-{trial}"
         pid = warm.start(path, out, tmp_path / "first")
-        time.sleep(moments.uniform(0.0, 0.9 * duration))
+        into(pid, tmp_path / "first", moments.uniform(0.0, total))
         with suppress(ProcessLookupError):  # it was faster this time
             os.kill(pid, signal.SIGKILL)
         landed += warm.wait() != 0
@@ -105,6 +105,13 @@ def kill_and_rerun(warm: Warm, tmp_path: Path, data: dict[str, Any], times: int,
         assert made <= total + max(largest, whole)
         assert leftovers(tmp_path) == []
     assert landed > times // 2
+
+
+def into(pid: int, log: Path, moment: float) -> None:
+    """Return in the middle of a merge: after so many tensors, and a part of the pause that follows each."""
+    while log.stat().st_size < int(moment) and alive(pid):
+        time.sleep(0.0005)
+    time.sleep(PAUSE * (moment % 1))
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -106,6 +106,25 @@ def test_saved_buffers_of_other_versions_do_not_disturb(tmp_path: Path) -> None:
     assert torch.equal(read_all(tmp_path / "out2")[INV_FREQ], torch.ones(3))
 
 
+def test_buffers_are_not_rounded_to_the_dtype_of_the_result(tmp_path: Path) -> None:
+    base, model = pair(tmp_path, {**base_tensors(), INV_FREQ: torch.full((3,), 1 / 3)}, {})
+    data = recipe(base, [model], output={"format": "checkpoint", "dtype": "float16"})
+    merging.merge(data, tmp_path / "out", device="cpu")
+    assert torch.equal(read_all(tmp_path / "out")[INV_FREQ], torch.full((3,), 1 / 3))
+
+
+def test_a_pickled_model_beside_another_is_told_how_checkpoints_are_converted(tmp_path: Path) -> None:
+    base, model = pair(tmp_path, base_tensors(), {})
+    pickled = tmp_path / "pickled"
+    pickled.mkdir()
+    (pickled / "config.json").write_text("{}")
+    (pickled / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(InputError) as caught:
+        merging.merge(recipe(base, [model, pickled]), tmp_path / "out", device="cpu")
+    assert caught.value.code == "pickle_not_accepted"
+    assert "save_pretrained" in (caught.value.remedy or "")
+
+
 @pytest.mark.parametrize(
     ("change", "hint"),
     [

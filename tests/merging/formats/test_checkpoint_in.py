@@ -106,6 +106,10 @@ BROKEN: dict[str, tuple[Break, str]] = {
         "checkpoint_index",
     ),
     "in_two_shards": (twice, "checkpoint_index"),
+    "two_models": (
+        lambda folder: (folder / "model.safetensors").write_bytes((folder / ONE).read_bytes()),
+        "checkpoint_index",
+    ),
     "link": (linked, "link_outside_folder"),
     "pipe": (with_pipe, "safetensors_not_a_file"),
     "cut": (short, "safetensors_truncated"),
@@ -203,3 +207,10 @@ def test_a_file_that_changes_after_the_check_is_not_read(tmp_path: Path) -> None
 def test_diffusers_names_are_known(tmp_path: Path) -> None:
     save_file({"conv.weight": torch.ones(2, 3, 1, 1)}, str(tmp_path / "diffusion_pytorch_model.safetensors"))
     assert list(open_checkpoint(tmp_path).infos) == ["conv.weight"]
+
+
+def test_an_index_may_name_the_single_file(tmp_path: Path) -> None:
+    tensors = base_tensors()
+    folder = write_checkpoint(tmp_path / "m", tensors)
+    write_index(folder, dict.fromkeys(tensors, "model.safetensors"))
+    assert set(open_checkpoint(folder).infos) == set(tensors)
