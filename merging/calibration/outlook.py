@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -45,6 +46,7 @@ def outlook(inputs: Inputs, modules: Mapping[str, Module], params: MethodParams)
         "tokens": sum(tokens.values()),
     }
     weights = 0 if inputs.base is None or not measured else _weights(inputs.base)
+    loaded = 0 if inputs.base is None or not measured else 4 * _numbers(inputs.base)
     if isinstance(params, AdarankParams):
         per_sample = sum(tokens[task] / inputs.samples(task) for task in measured)
         step_tokens = params.batch_size * per_sample
@@ -53,7 +55,7 @@ def outlook(inputs: Inputs, modules: Mapping[str, Module], params: MethodParams)
         layers = len(modules)
         activations = step_tokens / max(1, len(measured)) * _width(modules) * layers * 4 * 4
         found["seconds"] = round(work / _RATE, 1)
-        found["memory_bytes"] = int(4 * weights + activations)
+        found["memory_bytes"] = int(loaded + activations)
         return found
     work = sum(tokens.values()) * 2.0 * weights
     if inputs.settings.rows == "tokens":
@@ -61,8 +63,23 @@ def outlook(inputs: Inputs, modules: Mapping[str, Module], params: MethodParams)
     work += len(inputs.statistics) * sum(_SOLVE * module.n**3 for module in modules.values())
     found["statistics_bytes"] = size
     found["seconds"] = round(work / _RATE, 1)
-    found["memory_bytes"] = int(4 * weights + (size if measured else 0))
+    # the base model is gone when the layers are solved
+    found["memory_bytes"] = int(max(loaded + (2 * size if measured else 0), _solving(inputs, modules)))
     return found
+
+
+def _solving(inputs: Inputs, modules: Mapping[str, Module]) -> int:
+    """Bytes of the float64 matrices of the largest layer while it is solved."""
+    tasks = len(inputs.statistics)
+
+    def layer(m: int, n: int) -> int:
+        if inputs.method == "regmean":
+            return 8 * 6 * n * n
+        if inputs.method == "mats":
+            return 8 * (tasks * (n * n + m * m + m * n) + 2 * n * n + 6 * m * n)
+        return 8 * (tasks + 5) * n * n
+
+    return max(layer(module.m, module.n) for module in modules.values())
 
 
 def statistics_bytes(inputs: Inputs, modules: Mapping[str, Module]) -> int:
@@ -107,6 +124,11 @@ def _weights(base: BaseFiles) -> int:
     return sum(
         info.shape[0] * info.shape[1] for key, info in tensors if len(info.shape) == 2 and "embed" not in key
     )
+
+
+def _numbers(base: BaseFiles) -> int:
+    """All numbers of the base model; it is loaded in float32."""
+    return sum(math.prod(info.shape) for info in base.tensors.values())
 
 
 def _width(modules: Mapping[str, Module]) -> int:

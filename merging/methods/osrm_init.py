@@ -70,7 +70,7 @@ def split(stack: UpdateStack, ctx: Context) -> MultiMerged:
     read = torch.zeros(stack.G, stack.T, dtype=torch.float64)
     for g, name in enumerate(stack.names):
         grams = [_shares(ctx.data.gram(name, task)) for task in stack.tasks]
-        total = torch.stack(grams).sum(0)
+        total = sum(grams[1:], grams[0])
         for t, task in enumerate(stack.tasks):
             own = grams[t]
             others = total - own

@@ -70,7 +70,7 @@ def split(stack: UpdateStack, ctx: Context) -> MultiMerged:
     facts = {key: torch.zeros(stack.G, stack.T, dtype=torch.float64) for key in names}
     for g, name in enumerate(stack.names):
         grams = [_statistic(ctx, name, task, params) for task in range(len(ctx.per_model))]
-        total = torch.stack(grams).sum(0)
+        total = sum(grams[1:], grams[0])
         shares = len(grams) - 1 if params.normalize else 1  # then `beta` means the same for any number
         for t, task in enumerate(stack.tasks):
             A = stack.A[t][g].cpu()

@@ -12,7 +12,7 @@ delta_t C_t``, solved by conjugate gradient from the mean of the deltas; ``O(T (
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -47,11 +47,20 @@ def solve_rows(left: Tensor, metric: Tensor, module: str) -> Tensor:
 
 
 def regmean_factors(
-    B: Sequence[Tensor], A: Sequence[Tensor], grams: Sequence[Tensor], total: Tensor, module: str
+    B: Sequence[Tensor], A: Sequence[Tensor | None], grams: Iterable[Tensor], module: str
 ) -> tuple[Tensor, Tensor]:
-    """``B (m, R)`` and ``A (R, n)`` of one module; ``total`` is the sum of the Grams of all tasks."""
-    right = torch.cat([a.double() @ gram for a, gram in zip(A, grams, strict=True)])
-    return torch.cat(list(B), dim=1), solve_rows(right, total, module).to(B[0].dtype)
+    """``B (m, R)`` and ``A (R, n)`` of one module; a task without it has a Gram matrix and no factors.
+
+    The Gram matrices are taken one at a time: of a wide layer each is large.
+    """
+    total: Tensor | None = None
+    right = []
+    for a, gram in zip(A, grams, strict=True):
+        total = gram.clone() if total is None else total.add_(gram)
+        if a is not None:
+            right.append(a.double() @ gram)
+    assert total is not None
+    return torch.cat(list(B), dim=1), solve_rows(torch.cat(right), total, module).to(B[0].dtype)
 
 
 def conjugate_gradient(
@@ -96,15 +105,17 @@ def merge_regmean(stack: UpdateStack, ctx: Context) -> Merged:
     """RegMean of a batch, rank ``R``. A model without the module counts with a zero update there."""
     params = ctx.params
     assert isinstance(params, RegmeanParams)
-    parts = []
-    for g, name in enumerate(stack.names):
-        grams = {}
+
+    def grams(name: str) -> Iterator[Tensor]:
         for task, own in enumerate(ctx.per_model):
             gram = ctx.data.gram(name, task).to(stack.like.device)
-            grams[task] = own.weight * conditioned(gram, params.off_diagonal, params.ridge)
-        total = torch.stack([grams[task] for task in sorted(grams)]).sum(0)
-        here = [grams[task] for task in stack.tasks]
-        parts.append(regmean_factors([b[g] for b in stack.B], [a[g] for a in stack.A], here, total, name))
+            yield own.weight * conditioned(gram, params.off_diagonal, params.ridge)
+
+    place = {task: index for index, task in enumerate(stack.tasks)}
+    parts = []
+    for g, name in enumerate(stack.names):
+        right = [stack.A[place[task]][g] if task in place else None for task in range(len(ctx.per_model))]
+        parts.append(regmean_factors([b[g] for b in stack.B], right, grams(name), name))
     return Merged(LowRank(torch.stack([B for B, _ in parts]), torch.stack([A for _, A in parts])))
 
 

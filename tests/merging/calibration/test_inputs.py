@@ -445,6 +445,24 @@ def test_the_plan_bounds_samples_size_and_time(tiny: Recipe) -> None:
     assert sketch.estimate["calibration"]["statistics_bytes"] == 4 * 2 * 3 * (16 + 16 + 24)
 
 
+def test_memory_counts_the_whole_base_model(tiny: Recipe, tmp_path: Path) -> None:
+    """The table of tokens takes part in no product, but it is loaded."""
+    more = 5000
+    base = write_base(tmp_path / "base", vocabulary=len(VOCABULARY) + more)
+    found = [
+        merging.plan({**tiny, "base_model": folder, "merge_method": "regmean"}).to_dict()["estimate"]
+        for folder in (tiny["base_model"], str(base))
+    ]
+    grown = found[1]["memory_bytes"] - found[0]["memory_bytes"]
+    assert grown == pytest.approx(4 * HIDDEN * more, rel=1e-3)
+
+
+def test_memory_counts_the_matrices_that_are_solved(statistics: Recipe) -> None:
+    """Without the samples there is no base model, but Gram matrices in float64 are."""
+    estimate = merging.plan(statistics).to_dict()["estimate"]
+    assert estimate["calibration"]["memory_bytes"] >= 3 * 8 * max(n for _, n in MODULES.values()) ** 2
+
+
 def test_statistics_that_are_too_large_are_refused(
     tiny: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
