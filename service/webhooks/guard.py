@@ -29,6 +29,7 @@ _GLOBAL_V6 = ipaddress.ip_network("2000::/3")
 _SPECIAL: tuple[Network, ...] = tuple(
     ipaddress.ip_network(text)
     for text in (
+        "192.0.0.0/24",  # protocols; how much of it Python takes for global depends on its version
         "192.88.99.0/24",  # relays of 6to4
         "2001::/23",  # Teredo, ORCHID and other protocols
         "2001:db8::/32",
