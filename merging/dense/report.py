@@ -11,7 +11,7 @@ from merging.dense.inputs import Model
 from merging.dense.plan import DensePlan, Origin
 from merging.dense.runner import ShardResult
 from merging.dense.settled import Settled
-from merging.diagnostics.telling import number, relation
+from merging.diagnostics.telling import relation
 from merging.report import versions
 
 SHOWN = 5
@@ -115,13 +115,13 @@ def _entry(plan: DensePlan, tensor: dict[str, Any], factor: float) -> dict[str, 
                 "model": plan.labels[task],
                 "norm": math.sqrt(square),
                 **relation(norm, square, factor * product),
-                "l1_gap": number(gap),
+                "l1_gap": gap,
             }
             for task, square, product, gap in zip(
                 tensor["tasks"],
                 tensor["inputs2"],
                 tensor["inner"],
-                tensor["diagnostics"]["l1_gap"],
+                watch.gaps(tensor),
                 strict=True,
             )
         ],

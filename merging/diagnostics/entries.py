@@ -33,8 +33,7 @@ class Grid:
 def draw_grid(stack: UpdateStack, *, seed: int, sample: int) -> Grid:
     """At most ``sample`` rows and half as many columns of every module of the stack, by its name."""
     generators = [task_generator(seed, "diagnostics", name) for name in stack.names]
-    rows = _draw(stack.m, sample, generators).to(stack.like.device)
-    columns = _draw(stack.n, sample // 2, generators).to(stack.like.device)
+    rows, columns = (places.to(stack.like.device) for places in draw(stack.m, stack.n, sample, generators))
     return Grid(
         rows,
         columns,
@@ -43,7 +42,12 @@ def draw_grid(stack: UpdateStack, *, seed: int, sample: int) -> Grid:
     )
 
 
-def _draw(size: int, sample: int, generators: Sequence[torch.Generator]) -> Tensor:
+def draw(m: int, n: int, sample: int, generators: Sequence[torch.Generator]) -> tuple[Tensor, Tensor]:
+    """The rows ``(G, s)`` and columns ``(G, s')`` of the grid of ``m x n`` matrices, ascending."""
+    return _places(m, sample, generators), _places(n, sample // 2, generators)
+
+
+def _places(size: int, sample: int, generators: Sequence[torch.Generator]) -> Tensor:
     if size <= sample:
         return torch.arange(size).expand(len(generators), size)
     return torch.stack([torch.randperm(size, generator=g)[:sample].sort().values for g in generators])
@@ -64,7 +68,11 @@ class Conflicts:
 
 def conflicts(grid: Grid) -> Conflicts:
     """Measure the entries of a grid; float64."""
-    entries = torch.stack([B @ A for B, A in zip(grid.B, grid.A, strict=True)], dim=1).flatten(2)
+    return conflicts_of(torch.stack([B @ A for B, A in zip(grid.B, grid.A, strict=True)], dim=1).flatten(2))
+
+
+def conflicts_of(entries: Tensor) -> Conflicts:
+    """The same of entries ``(G, T, q)`` that are there."""
     count = entries.shape[-1]
     opposite = (entries > 0).to(entries) @ (entries < 0).to(entries).mT
     return Conflicts(
