@@ -10,6 +10,7 @@ import re
 import shlex
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -131,6 +132,11 @@ def test_services_can_do_little_to_their_host(name: str) -> None:
     assert "no-new-privileges:true" in service["security_opt"]
     assert "privileged" not in service
     assert all(address.startswith("127.0.0.1:") for address in service.get("ports", []))
+    if service["restart"] == "no":  # it prepares a volume, and ends
+        assert service["network_mode"] == "none"
+        assert set(service["cap_add"]) <= {"CHOWN", "DAC_READ_SEARCH"}
+        return
+    assert "cap_add" not in service
     if name not in OURS:  # the user of ours is in the Dockerfile
         assert not service["user"].startswith("0")
         assert "healthcheck" in service
@@ -140,7 +146,27 @@ def test_services_can_do_little_to_their_host(name: str) -> None:
 def test_what_a_service_mounts_is_declared(name: str) -> None:
     service = COMPOSE["services"][name]
     assert {volume.partition(":")[0] for volume in service["volumes"]} <= set(COMPOSE["volumes"])
-    assert {item["source"] for item in service.get("configs", [])} <= set(COMPOSE["configs"])
+    assert not service.get("configs"), "they cannot be written into a read-only container"
+
+
+def test_the_store_runs_as_whom_its_folder_belongs_to() -> None:
+    store, folder = COMPOSE["services"]["store"], COMPOSE["services"]["store-folder"]
+    assert folder["entrypoint"] == ["chown", "-R", store["user"], "/data"]
+    assert folder["volumes"] == store["volumes"]
+    assert store["depends_on"] == {"store-folder": {"condition": "service_completed_successfully"}}
+
+
+def test_the_store_knows_the_options_it_is_started_with() -> None:
+    weed = Path(sysconfig.get_path("scripts")) / "weed"
+    shown = subprocess.run(
+        [str(weed), "help", "mini"], check=False, capture_output=True, text=True, timeout=30
+    )
+    known = set(re.findall(r"^\s+-([A-Za-z0-9.]+)", shown.stdout + shown.stderr, re.MULTILINE))
+    options = [
+        word.removeprefix("-").partition("=")[0] for word in COMPOSE["services"]["store"]["command"][1:]
+    ]
+    assert options
+    assert set(options) <= known
 
 
 @pytest.mark.parametrize("name", ["worker", "worker-cuda"])
