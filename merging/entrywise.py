@@ -84,10 +84,10 @@ class Entrywise:
             return lambda y: weighted(y).sum(-3)
         params = ctx.params
         assert isinstance(params, VotingParams)
-        method, agg = params.majority_sign_method, params.agg
+        agg = params.agg
         compat = getattr(params, "compat", None)
         if compat == "peft":  # votes are unweighted, the divisor counts tasks
-            return lambda y: _peft(y, rules.elect(y, method, 1.0), weights)
+            return lambda y: _peft(y, elected(y, ctx, 1.0), weights)
         zero: Tensor | float = 1.0
         if compat == "paper":
             zero = whole.sign if whole.sign is not None else self._majority(place, stack, ctx, whole)
@@ -96,7 +96,7 @@ class Entrywise:
 
         def combine(y: Tensor) -> Tensor:
             y = weighted(y)
-            return rules.disjoint_(y, rules.elect(y, method, zero, squares), agg, divisor)
+            return rules.disjoint_(y, elected(y, ctx, zero, squares), agg, divisor)
 
         return combine
 
@@ -105,12 +105,10 @@ class Entrywise:
 
     def _sign_total(self, place: spaces.Placement, stack: UpdateStack, ctx: Context, whole: Whole) -> Tensor:
         """The sum of the elected signs of each module, ``(G,)``."""
-        params = ctx.params
-        assert isinstance(params, VotingParams)
-        method, squares = params.majority_sign_method, self._voting_squares(place, stack, ctx, whole)
+        squares = self._voting_squares(place, stack, ctx, whole)
         total = torch.zeros(stack.G, dtype=torch.float64, device=place.coordinates.like.device)
         for y in self._sparse(place, stack, ctx):
-            total += rules.elect(y, method, 0.0, squares).sum((-3, -2, -1))
+            total += elected(y, ctx, 0.0, squares).sum((-3, -2, -1))
         return total
 
     def _voting_squares(
@@ -146,6 +144,19 @@ class Entrywise:
 
     def _finds_squares(self, index: int, ctx: Context) -> bool:
         return self._global_squares(ctx) and index == self.sparsifier.surveys(ctx)
+
+
+def elected(y: Tensor, ctx: Context, zero: Tensor | float, squares: Tensor | None = None) -> Tensor:
+    """The sign of each entry as the recipe elects it, :func:`merging.rules.elect`.
+
+    A tie between counts stands for + in full space. The axes of KnOTS and Core Space are singular vectors,
+    which have no sign of their own: there the sum of the entries decides a tie.
+    """
+    assert isinstance(ctx.params, VotingParams)
+    method = ctx.params.majority_sign_method
+    if method == "frequency" and ctx.space in ("knots", "core"):
+        zero = rules.elect(y, "total", zero)
+    return rules.elect(y, method, zero, squares)
 
 
 def _opened(ctx: Context) -> tuple[Context, Whole]:

@@ -13,6 +13,10 @@ from merging.outcomes import Outcome
 from merging.planning import Prepared
 
 
+CANCELLED = 1e-6
+"""A merged update shorter than this fraction of its weighted inputs may be nothing but rounding."""
+
+
 class Findings:
     """Collects outcomes (without their tensors) and warnings; settles ``lambda``.
 
@@ -81,6 +85,12 @@ class Findings:
             self.lambda_ = float(params.lambda_)
         elif wanted is None or self._norm2 == 0.0:
             self.lambda_ = 1.0
+        elif math.sqrt(self._norm2) < CANCELLED * self._mean_weighted_norm():
+            self.lambda_ = 1.0
+            self.warn(
+                "updates_cancel",
+                "the updates cancel each other, and what is left may be rounding: `lambda: auto` is 1 here",
+            )
         else:
             self.lambda_ = wanted * self.mean_input_norm() / math.sqrt(self._norm2)
         self._warn_if_too_long(params)
@@ -101,6 +111,11 @@ class Findings:
     def mean_input_norm(self) -> float:
         """The mean over the models of the Frobenius norm of their whole update."""
         return sum(math.sqrt(self._squares[task]) for task in self.tasks) / len(self.tasks)
+
+    def _mean_weighted_norm(self) -> float:
+        weights = self.prepared.resolved.per_model
+        norms = [abs(weights[task].weight) * math.sqrt(self._squares[task]) for task in self.tasks]
+        return sum(norms) / len(norms)
 
     def summary(self) -> dict[str, Any]:
         """The whole model in one place; norms and inner products add up over modules."""

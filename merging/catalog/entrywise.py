@@ -52,7 +52,8 @@ class VotingParams(LambdaAuto, SpaceParams):
         default="total",
         description=(
             "Elect each sign by the sum of the entries, by their count, by the entry with the largest share "
-            "of its task's squared norm, or by the sum of these shares."
+            "of its task's squared norm, or by the sum of these shares. A tie between counts is positive in "
+            "full space and goes to the sum in the others, whose axes have no sign of their own."
         ),
     )
     agg: Literal["mean", "sum", "max"] = Field(

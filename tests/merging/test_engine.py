@@ -313,3 +313,19 @@ def test_a_gpu_gives_the_products_of_the_cpu(
     cpu, gpu = products(tmp_path / "cpu"), products(tmp_path / "gpu")
     for name in cpu:
         assert (cpu[name] - gpu[name]).norm() <= 1e-4 * cpu[name].norm()
+
+
+def test_lambda_auto_does_not_magnify_what_rounding_leaves_of_updates_that_cancel(
+    three: list[Path], tmp_path: Path
+) -> None:
+    cancelling = recipe([three[0], three[1], three[0]], parameters={"lambda": "auto"})
+    cancelling["models"][1]["parameters"] = {"weight": 0.0}
+    cancelling["models"][2]["parameters"] = {"weight": -1.0}
+    cancelling["output"] = {"rank": 2}
+    report = merging.merge(cancelling, tmp_path / "nothing").report
+    assert report["summary"]["lambda"] == 1.0
+    assert report["summary"]["norm_ratio"] < 1e-6
+    assert "updates_cancel" in [warning["code"] for warning in report["warnings"]]
+    faint = recipe(three, parameters={"lambda": "auto", "weight": 1e-9})
+    report = merging.merge(faint, tmp_path / "faint").report
+    assert report["summary"]["norm_ratio"] == pytest.approx(1.2)

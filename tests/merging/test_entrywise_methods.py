@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from stacks import copies
 from torch import Tensor
 
+from merging.entrywise import elected
 from merging.errors import InputError
 from merging.updates import UpdateStack
 
@@ -284,3 +285,27 @@ def test_isotropize_flattens_what_the_method_found(method: str) -> None:
     with pytest.raises(InputError) as caught:
         merged(method, stack, {**SETTINGS[method], "isotropize": True}, space="full")
     assert caught.value.code == "isotropize_in_full_space"
+
+
+@pytest.mark.parametrize("votes", ["total", "frequency", "normfrac", "normmass"])
+@pytest.mark.parametrize("space", ["knots", "core"])
+def test_votes_turn_with_the_arbitrary_signs_of_singular_vectors(space: str, votes: str) -> None:
+    generator = torch.Generator().manual_seed(4)
+    y = torch.randn(1, 4, 6, 5, generator=generator, dtype=torch.float64)
+    y *= y.abs() > 0.5
+    _, context = kernel_and_context("ties", 4, {"majority_sign_method": votes}, space=space)
+    squares = y.square().sum((-2, -1), keepdim=True)
+    signs = torch.tensor([1.0, -1.0], dtype=torch.float64)
+    flips = signs[torch.arange(6) % 2].view(6, 1) * signs[torch.arange(5) // 2 % 2]
+    straight, turned = (elected(x, context, 1.0, squares) for x in (y, y * flips))
+    some = (y != 0).any(1, keepdim=True)
+    assert torch.equal((turned * flips)[some], straight[some])
+    counts = y.sign().sum(1, keepdim=True)
+    assert int((some & (counts == 0)).sum()) > 3
+
+
+def test_a_tie_between_counts_is_positive_in_full_space_and_goes_to_the_sum_elsewhere() -> None:
+    y = torch.tensor([3.0, -5.0], dtype=torch.float64).view(1, 2, 1, 1)
+    for space, sign in (("full", 1.0), ("knots", -1.0), ("core", -1.0)):
+        _, context = kernel_and_context("ties", 2, {"majority_sign_method": "frequency"}, space=space)
+        assert float(elected(y, context, 1.0)) == sign
