@@ -160,12 +160,14 @@ def _check_fits(file: BasisFile, model: Adapter) -> None:
                 "shape_mismatch",
                 f"{name} is {own.kind} {own.m}x{own.n} in {model.label} and {module.kind} "
                 f"{module.m}x{module.n} in the basis",
+                remedy="Add only adapters of the base model that the basis is for.",
                 where={**where, "module": name},
             )
     if model.base_model and info.base_model and model.base_model != info.base_model:
         raise InputError(
             "base_model_mismatch",
             f"{model.label} was trained on {model.base_model}, the basis is for {info.base_model}",
+            remedy="Add only adapters of the base model that the basis is for.",
             where=where,
         )
     if model.full_tensors:

@@ -191,6 +191,7 @@ class BasisFile:
                 raise InputError(
                     "non_finite_tensor",
                     f"{self.path.name}: tensor {name}.{part} holds NaN or infinite values",
+                    remedy="The file is damaged; merge again.",
                     where={"file": str(self.path), "module": name},
                 )
             parts[part] = tensor.unsqueeze(0)
@@ -228,5 +229,6 @@ class BasisFile:
         return InputError(
             "basis_invalid",
             f"{self.path.name} is not a valid basis: {reason}",
+            remedy="Give the basis.safetensors of an `rmm` merge as it was written.",
             where={"file": str(self.path)},
         )

@@ -12,6 +12,7 @@ from merging.card import model_card
 from merging.diagnostics.telling import Measured, module_data
 from merging.diagnostics.whole import whole_model
 from merging.execute import Runner
+from merging.formats.saved import some
 from merging.formats.writer import TensorSpec, write_safetensors
 from merging.naming import task_names
 from merging.planning import Prepared
@@ -50,6 +51,13 @@ def write_parts(
         }
         tasks = tuple(outcome.tasks[0] for outcome in split.outcomes)
         measured[split.name] = Measured(tasks, split.outcomes[0].m, split.outcomes[0].n, split.inputs)
+    owners = [name for name, adapter in zip(names, prepared.adapters, strict=True) if adapter.full_tensors]
+    if any(kept.values()) and owners:
+        findings.warn(
+            "basis_without_full_tensors",
+            f"{ARTEFACT_NAME} holds no fully trained tensors; those of {some(owners)} are in the folders of "
+            "the tasks, but not in what is recovered from the basis alone",
+        )
     files: dict[str, str] = {}
     reports = {}
     for name, part in zip(names, parts, strict=True):

@@ -111,7 +111,7 @@ def prepare(recipe: Recipe, *, resolve: Resolve | None = None, canonical: bool =
             adapters,
             missing_modules=recipe.missing_modules,
             allow_base_mismatch=recipe.allow_base_mismatch,
-            modules_to_save="drop" if resolved.method.contract.multi_output else recipe.modules_to_save,
+            modules_to_save="own" if resolved.method.contract.multi_output else recipe.modules_to_save,
         )
         _check_family(resolved, recipe, table)
         batches = _batches(table, adapters)
@@ -190,6 +190,7 @@ def _check_method(resolved: Resolved, recipe: Recipe, batches: tuple[Batch, ...]
                 raise InputError(
                     "unequal_ranks",
                     f"{resolved.method.name} needs equal ranks; {batch.names[0]} has {list(batch.ranks)}",
+                    remedy="Merge adapters of one rank, or choose another method.",
                     where={"module": batch.names[0]},
                 )
     if contract.min_models > 1:
@@ -198,6 +199,7 @@ def _check_method(resolved: Resolved, recipe: Recipe, batches: tuple[Batch, ...]
                 raise InputError(
                     "too_few_models",
                     f"{resolved.method.name} needs {contract.min_models} models with {batch.names[0]}",
+                    remedy="Leave out the adapters that lack it, or choose another method.",
                     where={"module": batch.names[0]},
                 )
     if contract.needs_base and recipe.base_model is None:
@@ -225,6 +227,7 @@ def _check_family(resolved: Resolved, recipe: Recipe, table: Compatibility) -> N
         raise InputError(
             "family_method_unsupported",
             f"{resolved.method.name} is for PEFT adapters of layers; these are {what}",
+            remedy="Choose a method with one result.",
             where={"field": "merge_method"},
         )
 

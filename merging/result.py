@@ -16,6 +16,7 @@ from merging.formats import peft_out
 from merging.formats.experts import join_factors, stored_pairs
 from merging.formats.families import FAMILIES
 from merging.formats.image_out import common_alpha
+from merging.formats.saved import saved_modules
 from merging.formats.writer import TensorSpec, write_safetensors
 from merging.planning import Prepared
 from merging.report import Findings
@@ -154,8 +155,9 @@ def _write_adapter(
 
 
 def _own_modules(findings: Findings) -> tuple[str, ...]:
-    config = findings.prepared.adapters[findings.tasks[0]].config
-    return tuple(config.modules_to_save or ()) if config is not None else ()
+    """The names of the model's own fully trained modules, as PEFT's configuration gives them."""
+    adapter = findings.prepared.adapters[findings.tasks[0]]
+    return saved_modules([adapter], adapter.full_tensors)
 
 
 def load_factors(

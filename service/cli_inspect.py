@@ -46,7 +46,7 @@ def _inspect(args: argparse.Namespace) -> int:
             return 0
     described = []
     for path in args.paths:
-        adapter = open_adapter(path)
+        adapter = open_adapter(path, label=str(path))
         try:
             described.append(describe(adapter))
         finally:

@@ -165,12 +165,14 @@ def _check_counts(method: Method, count: int) -> None:
         raise InputError(
             "too_few_models",
             f"{method.name} needs at least {contract.min_models} models; the recipe has {count}",
+            remedy="Add models, or choose another method.",
             where={"field": "models"},
         )
     if contract.max_models is not None and count > contract.max_models:
         raise InputError(
             "too_many_models",
             f"{method.name} takes at most {contract.max_models} models; the recipe has {count}",
+            remedy="Leave some out, or choose another method.",
             where={"field": "models"},
         )
 

@@ -85,6 +85,14 @@ def _nothing(folder: Path, label: str) -> InputError:
             remedy="Convert it on your own machine with save_pretrained(safe_serialization=True)",
             where={"model": label, "file": pickles[0]},
         )
+    if (folder / "adapter_config.json").exists():
+        return InputError(
+            "checkpoint_not_found",
+            f"{label} is an adapter, and this merge is of whole checkpoints",
+            remedy="Fold it into its base first; or write a recipe: for adapters parameters are numbers, "
+            "neither lists over layers nor filters",
+            where={"model": label},
+        )
     return InputError(
         "checkpoint_not_found",
         f"{label} has no model.safetensors and no model.safetensors.index.json",

@@ -5,37 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Literal, Protocol
+from typing import Literal
 
 from merging.errors import InputError
 from merging.formats.families import common_family, common_parameters
 from merging.formats.image_meta import check_architecture
 from merging.formats.loaded import Adapter, Module
 from merging.formats.peft_config import AdapterConfig
-from merging.formats.peft_in import HEADS
-from merging.formats.shapes import FACTOR_DTYPES
-
-_SHOWN = 10
-
-
-class Take(Protocol):
-    """The choice to copy fully trained tensors from one model (``merging.recipe.TakeFrom``)."""
-
-    @property
-    def take(self) -> str:
-        """The reference of the model."""
-
-
-SaveChoice = Literal["error", "drop", "average"] | Mapping[str, str] | Take
-
-
-@dataclass(frozen=True, slots=True)
-class FullTensor:
-    """A fully trained tensor of the result: the mean of those of the ``sources`` (indices of adapters)."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    sources: tuple[int, ...]
+from merging.formats.saved import FullTensor, SaveChoice, full_tensors, saved_modules, some
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,20 +64,14 @@ def check_compatible(
         for index in present[1:]:
             _check_same(adapters[present[0]], adapters[index], name)
     _check_missing(adapters, modules, missing_modules, warnings)
-    full = _full_tensors(adapters, modules_to_save, warnings)
+    full = full_tensors(adapters, modules_to_save, warnings)
     configs = [adapter.config for adapter in adapters if adapter.config is not None]
-    saved = {
-        name
-        for config in configs
-        for name in (*(config.modules_to_save or ()), *HEADS.get(config.task_type or "", ()))
-    }
-    kept = sorted(name for name in saved if any(f".{name}." in f".{tensor}" for tensor in full))
     tasks = {config.task_type for config in configs}
     return Compatibility(
         family=family,
         modules=MappingProxyType(modules),
         full_tensors=MappingProxyType(full),
-        modules_to_save=tuple(kept),
+        modules_to_save=saved_modules(adapters, full),
         base_model=base,
         base_revision=revision,
         task_type=tasks.pop() if len(tasks) == 1 else None,
@@ -141,7 +112,7 @@ def _base(
         return None, None
     if 0 < len(stated) < len(adapters):
         silent = [adapter.label for adapter in adapters if not adapter.base_model]
-        warnings.append(f"these adapters do not name their base model: {_some(silent)}")
+        warnings.append(f"these adapters do not name their base model: {some(silent)}")
     return next(iter(bases), (None, None))
 
 
@@ -207,96 +178,8 @@ def _check_missing(
         raise InputError(
             "missing_modules",
             f"{len(partial)} of {len(modules)} modules are not in every adapter "
-            f"({adapters[lacking].label} lacks {partial[0]}): {_some(partial)}",
+            f"({adapters[lacking].label} lacks {partial[0]}): {some(partial)}",
             remedy="Set missing_modules: zero to treat a missing module as no change",
             where={"module": partial[0], "model": adapters[lacking].label, "field": "missing_modules"},
         )
-    warnings.append(f"{len(partial)} modules are not in every adapter and count as zero: {_some(partial)}")
-
-
-def _full_tensors(
-    adapters: Sequence[Adapter], choice: SaveChoice, warnings: list[str]
-) -> dict[str, FullTensor]:
-    """The fully trained tensors of the result, by the user's choice."""
-    found: dict[str, list[int]] = {}
-    for index, adapter in enumerate(adapters):
-        for name in adapter.full_tensors:
-            found.setdefault(name, []).append(index)
-    names = sorted(found)
-    if choice not in ("error", "drop", "average"):
-        return _taken(adapters, choice)
-    if not names:
-        return {}
-    if choice == "error":
-        owner = adapters[found[names[0]][0]].label
-        raise InputError(
-            "modules_to_save_choice",
-            f"{owner} has fully trained tensors beside its LoRA ({_some(names)}), which replace those of "
-            "the base",
-            remedy="Set modules_to_save to drop, average, or {take: MODEL}",
-            where={"model": owner, "field": "modules_to_save"},
-        )
-    if choice == "drop":
-        warnings.append(f"{len(names)} fully trained tensors were dropped: {_some(names)}")
-        return {}
-    result = {}
-    for name in names:
-        sources = found[name]
-        if len(sources) < len(adapters):
-            lacking = next(i for i in range(len(adapters)) if i not in sources)
-            raise _save_missing(adapters[lacking].label, name)
-        result[name] = _averaged(adapters, name, tuple(sources))
-    return result
-
-
-def _averaged(adapters: Sequence[Adapter], name: str, sources: tuple[int, ...]) -> FullTensor:
-    infos = [adapters[index].full_tensors[name] for index in sources]
-    for index, info in zip(sources, infos, strict=True):
-        if info.shape != infos[0].shape:
-            raise InputError(
-                "shape_mismatch",
-                f"the fully trained tensor {name} has shape {infos[0].shape} in {adapters[sources[0]].label} "
-                f"and {info.shape} in {adapters[index].label}",
-                remedy="Set modules_to_save to drop or {take: MODEL}",
-                where={"module": name, "model": adapters[index].label},
-            )
-    dtypes = {info.dtype for info in infos}
-    if not dtypes <= set(FACTOR_DTYPES):
-        raise InputError(
-            "modules_to_save_choice",
-            f"the fully trained tensor {name} is {', '.join(sorted(dtypes))}, which has no average",
-            remedy="Set modules_to_save to drop or {take: MODEL}",
-            where={"module": name, "field": "modules_to_save"},
-        )
-    return FullTensor(dtypes.pop() if len(dtypes) == 1 else "F32", infos[0].shape, sources)
-
-
-def _taken(adapters: Sequence[Adapter], choice: SaveChoice) -> dict[str, FullTensor]:
-    """All fully trained tensors of one model."""
-    model = choice.get("take", "") if isinstance(choice, Mapping) else getattr(choice, "take", "")
-    index = next((i for i, adapter in enumerate(adapters) if adapter.label == model), None)
-    if index is None:
-        raise InputError(
-            "modules_to_save_missing",
-            f"modules_to_save takes from {model!r}, which is not one of the models",
-            remedy="Name one of the models of the recipe",
-            where={"model": str(model), "field": "modules_to_save"},
-        )
-    tensors = adapters[index].full_tensors
-    if not tensors:
-        raise _save_missing(adapters[index].label, "any fully trained tensor")
-    return {name: FullTensor(info.dtype, info.shape, (index,)) for name, info in tensors.items()}
-
-
-def _save_missing(label: str, what: str) -> InputError:
-    return InputError(
-        "modules_to_save_missing",
-        f"{label} does not have {what}",
-        remedy="Set modules_to_save to drop, or take from a model that has it",
-        where={"model": label, "field": "modules_to_save"},
-    )
-
-
-def _some(names: Sequence[str]) -> str:
-    shown = ", ".join(names[:_SHOWN])
-    return f"{shown}, ..." if len(names) > _SHOWN else shown
+    warnings.append(f"{len(partial)} modules are not in every adapter and count as zero: {some(partial)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -167,3 +168,25 @@ def test_a_nan_in_an_adapter_is_found_and_nothing_is_written(tmp_path: Path) -> 
     assert caught.value.code == "non_finite_tensor"
     assert caught.value.where["module"] == "lin"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a"]
+
+
+@pytest.mark.parametrize("config", [{"modules_to_save": ["classifier"]}, {"task_type": "SEQ_CLS"}])
+def test_each_part_of_a_reversible_merge_keeps_its_own_head(tmp_path: Path, config: dict[str, Any]) -> None:
+    folders = [trained(tmp_path / name, seed, targets=("lin",), modules_to_save=["classifier"])
+               for seed, name in enumerate(("one", "two"))]  # fmt: skip
+    for folder in folders:  # PEFT finds the head of a classifier by the task type alone
+        path = folder / "adapter_config.json"
+        told = {**json.loads(path.read_text()), "modules_to_save": None, **config}
+        path.write_text(json.dumps(told))
+    data = {"merge_method": "rmm", "models": [{"model": str(folder)} for folder in folders]}
+    result = merging.merge({**data, "output": {"dtype": "float32"}}, tmp_path / "out")
+    for folder in folders:
+        own = load_file(folder / "adapter_model.safetensors")
+        part = load_file(tmp_path / "out" / folder.name / "adapter_model.safetensors")
+        heads = [key for key in own if "classifier" in key]
+        assert len(heads) == 2
+        assert all(torch.equal(own[key], part[key]) for key in heads)
+        merging.load_adapter(tmp_path / "out" / folder.name).close()
+    warnings = [entry["message"] for entry in result.report["warnings"]]
+    assert any("basis.safetensors holds no fully trained tensors" in warning for warning in warnings)
+    assert not any("dropped" in warning for warning in warnings)
