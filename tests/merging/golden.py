@@ -7,6 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors import safe_open
 from torch import Tensor
@@ -20,9 +21,10 @@ from merging.updates import LowRank, UpdateStack
 
 @dataclass
 class Golden:
-    """One golden file and the adapter sets it holds."""
+    """One golden file and the adapter sets it holds; ``dtype`` is the one in which inputs are merged."""
 
     path: Path
+    dtype: torch.dtype = torch.float64
 
     @cached_property
     def tensors(self) -> dict[str, Tensor]:
@@ -32,8 +34,9 @@ class Golden:
     def keys(self, start: str) -> list[str]:
         return sorted(key for key in self.tensors if key.startswith(start))
 
-    def stack(self, name: str, layer: str, dtype: torch.dtype = torch.float64) -> UpdateStack:
+    def stack(self, name: str, layer: str, dtype: torch.dtype | None = None) -> UpdateStack:
         """The adapters of set ``name`` for one layer."""
+        dtype = dtype or self.dtype
         tasks = sorted(
             {key.split(".")[2] for key in self.tensors if key.startswith(f"in.{name}.t") and "lora" in key}
         )
@@ -92,8 +95,29 @@ def run(
     return [dense(kernel.merge(stack, context()).update) for stack in stacks]
 
 
+FLOAT32 = 2e-5
+"""The stated tolerance of results from float32 inputs."""
+
+DTYPES = {"f64": torch.float64, "f32": torch.float32}
+
+
+def both(file: str) -> Any:
+    """A fixture: the golden file of that name, once for float64 and once for float32 inputs."""
+
+    @pytest.fixture(scope="module", params=DTYPES)
+    def golden(golden_dir: Path, request: pytest.FixtureRequest) -> Golden:
+        return Golden(golden_dir / f"{file}.safetensors", DTYPES[request.param])
+
+    return golden
+
+
 def assert_close(actual: Tensor, expected: Tensor, tolerance: float) -> None:
-    """Relative Frobenius error below ``tolerance``."""
+    """Relative Frobenius error below ``tolerance``.
+
+    Below 1e-6 that is meant for float64; float32 results are then held to the one stated for them.
+    """
+    if actual.dtype == torch.float32 and tolerance < 1e-6:
+        tolerance = FLOAT32
     error = float((actual.double() - expected.double()).norm() / expected.double().norm().clamp_min(1e-300))
     if float(expected.double().norm()) == 0.0:
         error = float(actual.double().norm())

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from golden import Golden, assert_close, dense, run
+from golden import Golden, assert_close, both, dense, run
 from torch import Tensor
 
 from merging import spaces, sparsify
@@ -43,9 +43,7 @@ def as_stack(name: str, matrices: Tensor) -> UpdateStack:
     )
 
 
-@pytest.fixture(scope="module")
-def ties_file(golden_dir: Path) -> Golden:
-    return Golden(golden_dir / "ties_reference.safetensors")
+ties_file = both("ties_reference")
 
 
 @pytest.fixture(scope="module")
@@ -53,9 +51,7 @@ def peft_file(golden_dir: Path) -> Golden:
     return Golden(golden_dir / "peft_merge_utils.safetensors")
 
 
-@pytest.fixture(scope="module")
-def mergekit_file(golden_dir: Path) -> Golden:
-    return Golden(golden_dir / "mergekit.safetensors")
+mergekit_file = both("mergekit")
 
 
 @pytest.fixture(scope="module")
@@ -63,9 +59,7 @@ def knots_file(golden_dir: Path) -> Golden:
     return Golden(golden_dir / "knots.safetensors")
 
 
-@pytest.fixture(scope="module")
-def core_file(golden_dir: Path) -> Golden:
-    return Golden(golden_dir / "core_space.safetensors")
+core_file = both("core_space")
 
 
 @pytest.mark.parametrize("name", SETS)
@@ -115,7 +109,7 @@ def test_ties_edge_cases_with_equal_magnitudes_and_zero_sums(
     if percent == "none" and agg != "mean":
         agg = "mean"
     key = "out.edge.notrim_mass_dis-mean" if percent == "none" else f"out.edge.topk{percent}_mass_dis-{agg}"
-    stack = as_stack("edge", ties_file.tensors["in.edge.flat_delta"].double().unsqueeze(1))
+    stack = as_stack("edge", ties_file.tensors["in.edge.flat_delta"].to(ties_file.dtype).unsqueeze(1))
     density = {"50": 0.5, "25": 0.25, "none": 1.0}[percent]
     [merged] = run("ties", [stack], {"compat": "paper", "density": density, "agg": agg})
     assert_close(merged.flatten(), ties_file.tensors[key], 1e-12)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
-from golden import Golden, assert_close, run
+from golden import Golden, assert_close, both, run
 from test_golden_entrywise import as_stack, injected
 
 from merging.updates import UpdateStack
@@ -16,31 +14,23 @@ SETS = ("hom4", "het246")
 WEIGHTS = {"w111": [1.0, 1.0, 1.0], "wmix": [0.7, 0.3, -0.2]}
 
 
-@pytest.fixture(scope="module")
-def mergekit_file(golden_dir: Path) -> Golden:
-    return Golden(golden_dir / "mergekit.safetensors")
+mergekit_file = both("mergekit")
 
 
-@pytest.fixture(scope="module")
-def dare_tall_file(golden_dir: Path) -> Golden:
-    return Golden(golden_dir / "dare_tall.safetensors")
+dare_tall_file = both("dare_tall")
 
 
-@pytest.fixture(scope="module")
-def breadcrumbs_file(golden_dir: Path) -> Golden:
-    return Golden(golden_dir / "breadcrumbs.safetensors")
+breadcrumbs_file = both("breadcrumbs")
 
 
-@pytest.fixture(scope="module")
-def sce_file(golden_dir: Path) -> Golden:
-    return Golden(golden_dir / "sce_varm.safetensors")
+sce_file = both("sce_varm")
 
 
 def scaled_stack(file: Golden) -> UpdateStack:
     """The adapters ``in.<t>`` with their scales."""
     scales = file.tensors["in.scales"]
-    B = tuple((file.tensors[f"in.{t}.lora_B"] * scales[t]).unsqueeze(0) for t in range(3))
-    A = tuple(file.tensors[f"in.{t}.lora_A"].unsqueeze(0) for t in range(3))
+    B = tuple((file.tensors[f"in.{t}.lora_B"] * scales[t]).to(file.dtype).unsqueeze(0) for t in range(3))
+    A = tuple(file.tensors[f"in.{t}.lora_A"].to(file.dtype).unsqueeze(0) for t in range(3))
     return UpdateStack(("layer",), (0, 1, 2), B, A)
 
 
@@ -92,7 +82,7 @@ def test_sce_is_mergekit(mergekit_file: Golden, topk: float, budget: int) -> Non
 
 
 def test_sce_is_mergekit_on_ties_and_zeros(mergekit_file: Golden) -> None:
-    stack = as_stack("edge", mergekit_file.tensors["in.edge"].double().unsqueeze(1))
+    stack = as_stack("edge", mergekit_file.tensors["in.edge"].to(mergekit_file.dtype).unsqueeze(1))
     [merged] = run("sce", [stack], {"compat": "mergekit", "select_topk": 1.0})
     assert_close(merged.flatten(), mergekit_file.tensors["out.edge.sce.k1.0"], 1e-12)
 

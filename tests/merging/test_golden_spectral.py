@@ -93,22 +93,23 @@ class TestDenseStateDicts:
         assert_close(result, tsv_file.tensors[f"out.{name}.tsvm_lossless.{tag}.{key}"], TOLERANCE[tag])
 
 
+@pytest.mark.parametrize("tag", DTYPES)
 @pytest.mark.parametrize("layer", LAYERS)
 class TestFactorsWhoseSumHasFullRank:
     """Rank 12 each in 48x32 and 24x40: nothing is left to chance in the dense references."""
 
-    def test_iso_c(self, iso_file: Golden, layer: str) -> None:
-        result = merged("iso_c", iso_file.stack("wide12", layer), {"iso_denominator": "full"})
+    def test_iso_c(self, iso_file: Golden, layer: str, tag: str) -> None:
+        result = merged("iso_c", iso_file.stack("wide12", layer, DTYPES[tag]), {"iso_denominator": "full"})
         assert_close(result, iso_file.tensors[f"out.wide12.iso_c.f64.{layer}"], 1e-9)
 
     @pytest.mark.parametrize("fraction", [0.5, 0.8])
-    def test_iso_cts(self, iso_file: Golden, layer: str, fraction: float) -> None:
-        stack = iso_file.stack("wide12", layer)
+    def test_iso_cts(self, iso_file: Golden, layer: str, tag: str, fraction: float) -> None:
+        stack = iso_file.stack("wide12", layer, DTYPES[tag])
         result = merged("iso_cts", stack, {"compat": "paper", "common_space_fraction": fraction})
         assert_close(result, iso_file.tensors[f"out.wide12.iso_cts_f{fraction}.f64.{layer}"], 1e-9)
 
-    def test_tsv(self, tsv_file: Golden, layer: str) -> None:
-        result = merged("tsv", tsv_file.stack("wide12", layer), {})
+    def test_tsv(self, tsv_file: Golden, layer: str, tag: str) -> None:
+        result = merged("tsv", tsv_file.stack("wide12", layer, DTYPES[tag]), {})
         assert_close(result, tsv_file.tensors[f"out.wide12.tsvm.f64.{layer}"], 1e-9)
 
 
@@ -159,12 +160,13 @@ def test_core_space_reference(core_file: Golden, name: str, tag: str, count: int
     assert assert_cases(core_file, CORE_CASES, name, "core", tag) == count
 
 
+@pytest.mark.parametrize("tag", DTYPES)
 @pytest.mark.parametrize(("name", "count"), [("hom4", 4), ("het246", 4), ("wide12", 10), ("single4", 6)])
-def test_core_space_reference_on_dense_deltas(core_file: Golden, name: str, count: int) -> None:
+def test_core_space_reference_on_dense_deltas(core_file: Golden, name: str, count: int, tag: str) -> None:
     """Its `full` space; CART there takes its rank from min(m, n), which is stated as a number here."""
     checked = 0
     for layer in LAYERS:
-        stack = core_file.stack(name, layer)
+        stack = core_file.stack(name, layer, DTYPES[tag])
         cart = {"cart_r0.04": (0.04, 0.1), "cart_r0.25_s0.5": (0.25, 0.5)}
         cases: dict[str, tuple[str, dict[str, object]]] = {
             "tsv": ("tsv", {}),
