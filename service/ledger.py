@@ -35,6 +35,7 @@ from service.webhooks.endpoints import Endpoints, of_merge
 
 REMEMBERED_SECONDS = 120.0
 """So long it is known that a merge was deleted: no process takes longer over writing a record."""
+_DELETIONS_AT_ONCE = 100
 _PAGES_SEARCHED = 20
 
 
@@ -213,7 +214,8 @@ class Ledger:
     def complete_deletions(self) -> None:
         """Delete once more what was deleted a while ago: its process may have died over it."""
         before = millis(now()) - REMEMBERED_SECONDS * 1000
-        for item in [text(found) for found in self._redis.zrangebyscore(DELETED, "-inf", before)]:
+        due = self._redis.zrangebyscore(DELETED, "-inf", before, start=0, num=_DELETIONS_AT_ONCE)
+        for item in [text(found) for found in due]:
             tenant, _, merge_id = item.partition("/")
             self._erase(tenant, merge_id)
             self._redis.zrem(DELETED, item)

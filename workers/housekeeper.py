@@ -1,7 +1,8 @@
 """What must be done now and then, by whichever supervisor comes first.
 
-An index that is gone is rebuilt at once. Merges that are too old are deleted every hour, upload sessions that
-have expired every ten minutes, and what nothing refers to is collected as often as the settings say.
+An index that is gone is rebuilt at once, and what was deleted is deleted again after a while. Merges that
+are too old are deleted every hour, upload sessions that have expired every ten minutes, and what nothing
+refers to is collected as often as the settings say.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import redis
 
 from service.clock import now
 from service.collect import Collector, Stopped
+from service.jobs import Jobs
 from service.reindex import Reindexer
 from service.retention import Retention
 from service.settings import Settings
@@ -34,6 +36,7 @@ class Housekeeper:
         self._stopping = threading.Event()
         self._redis = connection
         self._storage = storage
+        self._jobs = Jobs(connection, storage)
         self._retention = Retention(storage, connection, settings.results_days)
 
     def sweep(self) -> None:
@@ -41,6 +44,7 @@ class Housekeeper:
         reindexer = Reindexer(self._storage, self._redis)
         if reindexer.needed() and reindexer.run() is None:
             return  # another process is at it
+        self._jobs.complete_deletions()
         if self._due("uploads", _UPLOADS_SECONDS):
             self._tell("expired uploads removed", expired(self._storage, self._redis, time.time()))
         if self._due("retention", _RETENTION_SECONDS):

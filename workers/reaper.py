@@ -72,7 +72,6 @@ class Reaper:
             self._jobs.settle(tenant, merge_id)
         for merge_id in self._jobs.complete_entries():
             _log.warning("queued %s, which was requested from a process that died", merge_id)
-        self._jobs.complete_deletions()
         overdue.forget_others()
 
     def free(self, worker_name: str, *, blameless: bool = False) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import redis
 
+from service.broker import DELETED
 from service.collect import Collected
 from service.jobs import Jobs
 from service.reindex import INDEXED, Reindexer
@@ -79,3 +80,25 @@ def test_nothing_is_removed_while_another_process_rebuilds_the_index(
     monkeypatch.setattr(Reindexer, "run", lambda self: None)
     make().sweep()
     assert done == []
+
+
+def test_a_deletion_is_completed(
+    make: Callable[..., Housekeeper],
+    jobs: Jobs,
+    storage: Storage,
+    connection: redis.Redis,
+    done: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    merge = jobs.create("t", RECIPE)
+    jobs.cancel("t", merge.id)
+    record = jobs.get("t", merge.id)
+    jobs.delete("t", merge.id)
+    jobs.save(record)  # by a process that was writing it meanwhile, and died
+    keeper = make()
+    keeper.sweep()
+    assert connection.zcard(DELETED) == 1
+    monkeypatch.setattr("service.ledger.REMEMBERED_SECONDS", 0.0)
+    keeper.sweep()
+    assert connection.zcard(DELETED) == 0
+    assert jobs.find("t", merge.id) is None
