@@ -23,7 +23,7 @@ from merging.calibration.classifier import EncoderClassifier
 from merging.calibration.entropy import look
 from merging.catalog.data import AdarankParams
 from merging.methods.adarank import Components, decompose
-from merging.planning import Prepared, prepare
+from merging.preparing import Prepared, prepare
 from merging.recipe import Recipe
 from merging.updates import UpdateStack
 

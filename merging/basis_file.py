@@ -23,7 +23,7 @@ from merging.formats.peft_keys import Kind
 from merging.formats.tensors import TensorFile
 from merging.formats.writer import TensorSpec, write_safetensors
 from merging.methods import rmm
-from merging.planning import Prepared
+from merging.preparing import Prepared
 
 BASIS_NAME = "basis.safetensors"
 METADATA_KEY = "merganser.basis"

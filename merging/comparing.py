@@ -13,7 +13,7 @@ from merging.diagnostics import measure
 from merging.diagnostics.telling import Measured, inputs_data, module_data, relation
 from merging.diagnostics.whole import whole_model
 from merging.execute import load_stack, single_threaded, units
-from merging.planning import Batch, Prepared, prepare
+from merging.preparing import Batch, Prepared, prepare
 from merging.recipe import Recipe
 from merging.updates import LowRank
 

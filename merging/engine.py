@@ -23,7 +23,7 @@ from merging.kernels import Context
 from merging.mergekit.detect import claimed
 from merging.mergekit.merge import merge_config
 from merging.parts import write_parts
-from merging.planning import Prepared, Resolve, local_path, prepare
+from merging.preparing import Prepared, Resolve, local_path, prepare
 from merging.recipe import Recipe
 from merging.report import Findings, build_report
 from merging.result import write_result

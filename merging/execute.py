@@ -24,7 +24,7 @@ from merging.diagnostics import SAMPLE, measure
 from merging.kernels import Context, Kernel, Merged, MultiKernel
 from merging.lowrank import squared_norm
 from merging.outcomes import Outcome, Split, outcomes
-from merging.planning import Batch, Prepared
+from merging.preparing import Batch, Prepared
 from merging.spaces import balance
 from merging.updates import LowRank, UpdateStack
 

@@ -15,7 +15,7 @@ from merging.execute import Runner
 from merging.formats.saved import some
 from merging.formats.writer import TensorSpec, write_safetensors
 from merging.naming import task_names
-from merging.planning import Prepared
+from merging.preparing import Prepared
 from merging.report import Findings, build_report
 from merging.result import header_metadata, json_text, write_result, write_text
 from merging.spool import Spool

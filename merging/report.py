@@ -10,8 +10,7 @@ from merging.catalog.spec import MethodParams
 from merging.diagnostics.telling import Measured, inputs_data, module_data, relation
 from merging.diagnostics.whole import whole_model
 from merging.outcomes import Outcome
-from merging.planning import Prepared
-
+from merging.preparing import Prepared
 
 CANCELLED = 1e-6
 """A merged update shorter than this fraction of its weighted inputs may be nothing but rounding."""

@@ -18,7 +18,7 @@ from merging.formats.families import FAMILIES
 from merging.formats.image_out import common_alpha
 from merging.formats.saved import saved_modules
 from merging.formats.writer import TensorSpec, write_safetensors
-from merging.planning import Prepared
+from merging.preparing import Prepared
 from merging.report import Findings
 from merging.spool import Spool
 

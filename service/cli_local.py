@@ -87,7 +87,8 @@ def _bytes(text: str) -> int:
 def _merge(args: argparse.Namespace) -> int:
     from merging.formats.result_dir import ResultDirectory
     from merging.mergekit.detect import claimed
-    from merging.planning import local_path, plan
+    from merging.planning import plan
+    from merging.preparing import local_path
     from merging.recipe import Recipe
     from service.remote.local import pinned_by_cache
 

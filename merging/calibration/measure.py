@@ -22,7 +22,7 @@ from merging.calibration.statistics_file import (
 from merging.formats.adapter import Adapter
 from merging.formats.writer import write_safetensors
 from merging.naming import task_names
-from merging.planning import Prepared
+from merging.preparing import Prepared
 
 Tick = Callable[[str], None]
 

@@ -17,7 +17,7 @@ from merging.calibration.outlook import outlook
 from merging.calibration.statistics_file import StatisticsFile
 from merging.catalog.data import AdarankParams
 from merging.methods.adarank import Components
-from merging.planning import Prepared
+from merging.preparing import Prepared
 
 
 class Steps(Protocol):

@@ -13,7 +13,7 @@ from merging.calibration import measure
 from merging.engine import Progress, pick_device
 from merging.errors import InputError
 from merging.formats.result_dir import ResultDirectory
-from merging.planning import Resolve, prepare
+from merging.preparing import Resolve, prepare
 from merging.recipe import Recipe
 
 RECIPE_NAME = "recipe.yaml"

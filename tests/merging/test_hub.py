@@ -10,7 +10,7 @@ import pytest
 
 from merging.errors import InputError
 from merging.hub import snapshot
-from merging.planning import local_path
+from merging.preparing import local_path
 
 
 @pytest.fixture

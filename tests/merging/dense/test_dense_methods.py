@@ -21,7 +21,7 @@ from merging.dense.plan import prepare_dense
 from merging.dense.runner import DenseRunner
 from merging.errors import InputError
 from merging.masks import MaskStream
-from merging.planning import local_path
+from merging.preparing import local_path
 
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32, "f64": torch.float64}
 UNIT = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-21, torch.float64: 1e-14}

@@ -26,7 +26,7 @@ from merging.dense.resume import JOURNAL, SETTLED, Attempt, attempt_key
 from merging.dense.runner import DenseRunner
 from merging.errors import Cancelled, InputError, MergeFailure
 from merging.formats.result_dir import lock_folder
-from merging.planning import local_path
+from merging.preparing import local_path
 from tests.running import alive
 
 HERE = Path(__file__).parent

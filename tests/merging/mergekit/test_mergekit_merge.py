@@ -20,7 +20,7 @@ from benchmarks.mergekit_golden import placed
 from merging.engine import Progress
 from merging.errors import InputError, MergeFailure
 from merging.mergekit.detect import claimed
-from merging.planning import local_path
+from merging.preparing import local_path
 
 
 @pytest.fixture(scope="module")
