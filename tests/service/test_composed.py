@@ -139,7 +139,7 @@ def deployment(seaweed: Seaweed, tmp_path_factory: pytest.TempPathFactory) -> It
             if process in server:
                 process.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(20)
+                process.wait(60)
             process.kill()
             process.wait()
 

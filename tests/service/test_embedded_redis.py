@@ -93,5 +93,5 @@ def test_it_dies_with_its_owner_and_frees_the_folder(tmp_path: Path) -> None:
     owner.kill()
     owner.wait()
     owner.stdout.close()
-    until(lambda: not alive(pid), what="the server dies with its owner", patience=5)
-    DataLock(tmp_path, patience=5).release()
+    until(lambda: not alive(pid), what="the server dies with its owner")
+    DataLock(tmp_path, patience=30).release()

@@ -34,9 +34,11 @@ async def add(client: Redis, key: str, *kinds: str) -> None:
         await client.xadd(key, {"event": kind, "data": kind})
 
 
-async def listen(found: Fanout, key: str, after: str = "0-0", *, pause: float = 0.0) -> list[str]:
-    """The kinds up to the end."""
-    kinds: list[str] = []
+async def listen(
+    found: Fanout, key: str, after: str = "0-0", *, pause: float = 0.0, kinds: list[str] | None = None
+) -> list[str]:
+    """The kinds up to the end; ``kinds`` has those that came so far."""
+    kinds = [] if kinds is None else kinds
     async with aclosing(found.follow(key, after)) as events:
         async for event in events:
             if event is not None:
@@ -103,23 +105,28 @@ def test_a_slow_listener_loses_nothing(
 
 def test_closing_ends_all_listeners(redis_server: EmbeddedRedis, connection: redis.Redis) -> None:
     async def act(found: Fanout, client: Redis, closing: asyncio.Event) -> None:
-        tasks = [asyncio.create_task(listen(found, "s")) for _ in range(5)]
+        told: list[list[str]] = [[] for _ in range(5)]
+        tasks = [asyncio.create_task(listen(found, "s", kinds=kinds)) for kinds in told]
         await add(client, "s", "a")
-        await asyncio.sleep(0.5)
+        while told != [["a"]] * 5:
+            await asyncio.sleep(0.01)
         closing.set()
-        assert await asyncio.wait_for(asyncio.gather(*tasks), 2) == [["a"]] * 5
+        assert await asyncio.gather(*tasks) == [["a"]] * 5
 
     run(redis_server, act)
 
 
 def test_the_reader_outlives_a_lost_connection(redis_server: EmbeddedRedis, connection: redis.Redis) -> None:
     async def act(found: Fanout, client: Redis, closing: asyncio.Event) -> None:
-        task = asyncio.create_task(listen(found, "s"))
+        kinds: list[str] = []
+        task = asyncio.create_task(listen(found, "s", kinds=kinds))
         await add(client, "s", "a")
-        await asyncio.sleep(0.5)
-        for row in connection.client_list():
-            if row["cmd"] == "xread":
-                connection.client_kill(row["addr"])
+        killed = False
+        while kinds != ["a"] or not killed:
+            for row in connection.client_list():
+                if kinds and row["cmd"] == "xread" and "b" in row["flags"]:  # it waits for more
+                    killed = bool(connection.client_kill(row["addr"])) or killed
+            await asyncio.sleep(0.01)
         await add(client, "s", "b", END)
         assert await task == ["a", "b", END]
 

@@ -57,13 +57,20 @@ def test_the_second_goes_on_when_the_first_fails(
     redis_server: EmbeddedRedis, connection: redis.Redis
 ) -> None:
     async def act(keys: Idempotency, merges: Merges) -> None:
+        started, asked = asyncio.Event(), asyncio.Event()
+
         async def fail(_: str) -> None:
-            await asyncio.sleep(0.1)
+            started.set()
+            await asked.wait()
             raise ServiceError("no", "no")
 
+        async def done(merge_id: str) -> bool:
+            asked.set()  # by the second, which has to wait
+            return await merges.done(merge_id)
+
         first = asyncio.create_task(keys.once("a", "k", {}, fail, merges.done))
-        await asyncio.sleep(0.02)
-        second = asyncio.create_task(keys.once("a", "k", {}, merges.work, merges.done))
+        await started.wait()
+        second = asyncio.create_task(keys.once("a", "k", {}, merges.work, done))
         with pytest.raises(ServiceError):
             await first
         merge_id, replayed = await second
@@ -78,11 +85,14 @@ def test_while_the_first_takes_long_the_second_is_told_so(
     monkeypatch.setattr(idempotency, "_WAIT_SECONDS", 0.1)
 
     async def act(keys: Idempotency, merges: Merges) -> None:
+        started = asyncio.Event()
+
         async def hang(_: str) -> None:
-            await asyncio.sleep(60)
+            started.set()
+            await asyncio.Event().wait()
 
         first = asyncio.create_task(keys.once("a", "k", {}, hang, merges.done))
-        await asyncio.sleep(0.02)
+        await started.wait()
         with pytest.raises(InFlight) as raised:
             await keys.once("a", "k", {}, merges.work, merges.done)
         assert raised.value.status == 409

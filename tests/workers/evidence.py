@@ -26,7 +26,7 @@ def finished_once(
     def with_files() -> list[Path]:
         return [path for path in folder.iterdir() if any(file.is_file() for file in path.rglob("*"))]
 
-    until(lambda: len(with_files()) == 1, what="one attempt is stored", patience=5)
+    until(lambda: len(with_files()) == 1, what="one attempt is stored")
     assert {file.name for file in with_files()[0].rglob("*")} == {
         entry["path"] for entry in done["result"]["files"]
     }
@@ -47,7 +47,7 @@ def recovery(client: Client, merge_id: str, struck: float, attempts: int) -> flo
 def nothing_in_hand(deployment: Deployment) -> None:
     """Wait until no queue, no list on the way and no registry holds a job, and no scratch folder is left."""
     try:
-        until(lambda: not _in_hand(deployment), what="nothing is left over", patience=15)
+        until(lambda: not _in_hand(deployment), what="nothing is left over")
     except AssertionError:
         assert _in_hand(deployment) == []
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -24,10 +23,9 @@ def test_a_running_merge_stops_by_itself(start: Callable[..., Up], large: list[P
         merge_id = submit_slow(client, large)
         in_the_middle(client, merge_id)
         horse = up.horse()
-        asked = time.monotonic()
         assert client.cancel(merge_id)["state"] == "cancelling"
         done = client.wait(merge_id)
-        assert time.monotonic() - asked < 8
+        assert "did not stop" not in up.log()
         assert (done["state"], done["error"]["code"], done["result"]) == ("cancelled", "cancelled", None)
         states = [data["state"] for _, kind, data in client.events(merge_id) if kind == "state"]
         assert states == ["queued", "running", "cancelling", "cancelled"]
@@ -48,7 +46,8 @@ def test_an_attempt_that_hangs_is_killed_and_the_worker_goes_on(
         client.cancel(merge_id)
         done = client.wait(merge_id)
         assert done["state"] == "cancelled"
-        until(lambda: not alive(horse), what="the work-horse is killed", patience=5)
+        assert "did not stop" in up.log()
+        until(lambda: not alive(horse), what="the work-horse is killed")
         assert up.pid_of("workers.process") == worker
         again = client._object("POST", f"/v1/merges/{merge_id}/retry")
         assert client.wait(again["id"])["state"] == "succeeded"

@@ -64,7 +64,7 @@ class TestQueue:
         started = time.monotonic()
         with pytest.raises(DequeueTimeout):
             dequeue(connection, "high", "low", timeout=1)
-        assert 1 <= time.monotonic() - started < 3
+        assert time.monotonic() - started >= 1
 
     def test_deleted_and_unreadable_jobs_are_passed_over(self, connection: redis.Redis) -> None:
         work = queue(connection, "high")

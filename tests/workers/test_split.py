@@ -70,5 +70,5 @@ def test_a_merge_runs_and_each_process_ends_in_order(
     for process in processes:
         family = descendants(process.pid)
         process.send_signal(signal.SIGTERM)
-        assert process.wait(15) == 0, (tmp_path / "log").read_text()
+        assert process.wait(60) == 0, (tmp_path / "log").read_text()
         assert not any(alive(pid) for pid in family)

@@ -65,7 +65,7 @@ def test_a_merge_outlives_an_outage_of_the_storage(
         client.download_result(merge_id, tmp_path / "out")
         push(client, write_adapter(tmp_path / "a", seed=1), "o/m")
     assert set(answers) <= {200, 503}
-    until(lambda: up.http.get("/readyz").status_code == 200, what="it is ready again", patience=15)
+    until(lambda: up.http.get("/readyz").status_code == 200, what="it is ready again")
 
 
 def during(up: Up, seconds: float) -> list[int]:
@@ -100,8 +100,8 @@ def test_a_wiped_redis_is_rebuilt_and_the_merge_runs_again(
         with up.redis() as redis:
             redis.flushall()
         wiped = time.monotonic()
-        until(lambda: listed(up, merge_id), what="the merges are listed again", patience=15)
-        until(lambda: client.merge(merge_id)["state"] == "running", what="it runs again", patience=15)
+        until(lambda: listed(up, merge_id), what="the merges are listed again")
+        until(lambda: client.merge(merge_id)["state"] == "running", what="it runs again")
         assert time.monotonic() - wiped < 15
         assert client.submit(recipe)["cached_from"] == first["id"]
         for unfinished in (merge_id, waiting):
@@ -109,7 +109,7 @@ def test_a_wiped_redis_is_rebuilt_and_the_merge_runs_again(
         for path, answer in before.items():
             assert up.http.get(path).json() == answer
         client.download_result(merge_id, tmp_path / "out")
-    until(lambda: up.http.get("/readyz").json()["workers"] == 1, what="the worker is known", patience=40)
+    until(lambda: up.http.get("/readyz").json()["workers"] == 1, what="the worker is known", patience=60)
     attempts = storage(server, up).entries(f"merges/local/{merge_id}/attempts")
     assert len({entry.key.split("/")[4] for entry in attempts}) == 1
 
