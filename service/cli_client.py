@@ -27,7 +27,9 @@ def add_commands(commands: Any) -> None:
     )
     submit.add_argument("recipe", type=Path, metavar="RECIPE", help="YAML or JSON file")
     submit.add_argument(
-        "--push", metavar="NS", help="upload the recipe's local folders into this namespace first"
+        "--push",
+        metavar="NS",
+        help="upload the recipe's local models, and the data that it looks at, into this namespace first",
     )
     submit.add_argument("--wait", action="store_true", help="follow the merge to its end")
     submit.add_argument("--out", type=Path, metavar="DIR", help="wait, then download the result here")
@@ -40,7 +42,12 @@ def add_commands(commands: Any) -> None:
         "upload an adapter",
         "Upload an adapter directory as a new revision of a model.",
     )
-    push.add_argument("directory", type=Path, metavar="DIR", help="adapter directory")
+    push.add_argument(
+        "directory",
+        type=Path,
+        metavar="DIR",
+        help="adapter directory; or one file: samples, statistics or a head",
+    )
     push.add_argument("model", metavar="NS/NAME", help="name of the model")
     push.set_defaults(run=_push)
 
@@ -117,21 +124,41 @@ def _read(path: Path) -> Configuration | dict[str, Any]:
 def _with_pushed(
     client: Client, work: Configuration | dict[str, Any], ns: str
 ) -> Configuration | dict[str, Any]:
-    """The same with local folders uploaded: all of a configuration, of a recipe those it merges."""
-    if isinstance(work, dict):
-        models = [{**entry, "model": _pushed(client, entry["model"], ns)} for entry in work["models"]]
-        return {**work, "models": models}
-    named = dict.fromkeys(work.references().values())
-    return work.renamed({model: _pushed(client, model, ns) for model in named})
+    """The same with local files uploaded: all of a configuration, of a recipe what its merge reads."""
+    if not isinstance(work, dict):
+        named = dict.fromkeys(work.references().values())
+        return work.renamed({model: _pushed(client, model, ns) for model in named})
+
+    from merging.calibration.references import data_references
+    from merging.recipe import Recipe
+    from service.data_uploads import looks_at_data, starts_from_nothing
+    from service.remote.imports import renamed
+
+    recipe = Recipe.load(work)
+    names = {}
+    if not starts_from_nothing(recipe):
+        names = {entry.model: _pushed(client, entry.model, ns) for entry in recipe.models}
+    reads = recipe.output.format == "checkpoint" or looks_at_data(recipe)
+    if recipe.base_model is not None and reads and recipe.base_model not in names:
+        names[recipe.base_model] = _pushed(client, recipe.base_model, ns)
+    for field, reference in data_references(recipe).items():
+        if reference not in names:
+            names[reference] = _pushed(client, reference, ns, kind=field.rpartition(".")[2])
+    found: dict[str, Any] = renamed(recipe, names).model_dump(mode="json")
+    return found
 
 
-def _pushed(client: Client, model: str, ns: str) -> str:
-    """A reference to a model; a local folder is uploaded, and then it is its revision in the service."""
-    folder = Path(model)
-    if not folder.is_dir():
+def _pushed(client: Client, model: str, ns: str, kind: str = "") -> str:
+    """A reference to a model or to data; what is local is uploaded, and then it is its revision there.
+
+    Samples and heads are often called like the adapters that they are of, so ``kind`` is added to the name.
+    """
+    path = Path(model)
+    if not (path.exists() if kind else path.is_dir()):
         return model
-    revision = client.push_dir(folder, f"{ns}/{folder.resolve().name}")
-    note(f"pushed {folder} as {revision['model']}")
+    name = f"{path.stem}-{kind}" if path.is_file() else path.resolve().name
+    revision = client.push_dir(path, f"{ns}/{name}")
+    note(f"pushed {path} as {revision['model']}")
     return f"{revision['model']}@{revision['revision']}"
 
 

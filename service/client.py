@@ -56,16 +56,20 @@ class Client:
     # models
 
     def push_dir(self, folder: str | Path, model: str) -> dict[str, Any]:
-        """Upload the files of ``folder`` as a revision of ``ns/name``; the revision.
+        """Upload the files of ``folder``, or one file, as a revision of ``ns/name``; the revision.
 
         Hidden files and those that the service does not take, such as a trainer's pickles beside the
         safetensors, are left out. Big files are sent in parts: what arrived before a break is not sent again.
         """
         folder = Path(folder)
         path = _model_path(model)
-        if not folder.is_dir():
+        if folder.is_file():
+            files, folder = [folder], folder.parent
+        elif folder.is_dir():
+            files = _uploadable(folder)
+        else:
             raise InputError("not_a_folder", f"{folder} is not a folder", where={"file": str(folder)})
-        for file in _uploadable(folder):
+        for file in files:
             name = file.relative_to(folder).as_posix()
             if file.stat().st_size > self._parts_above:
                 self._push_parts(file, model, name)

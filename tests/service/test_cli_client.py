@@ -7,8 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from adapters import products, write_adapter
+from safetensors.torch import save_file
 
+from merging import load_adapter
+from merging.calibration.statistics_file import METADATA_KEY
 from service import cli
 from tests.running import Up
 from tests.service.conftest import Pair
@@ -56,6 +60,42 @@ def test_submit_pushes_local_folders_follows_and_downloads(
     assert "succeeded 100 %" in progress
 
     there = tmp_path / "there"
+    assert cli.main(["merge", str(recipe), "--out", str(there), "--quiet"]) == 0
+    here = products(out)
+    assert here.keys() == products(there).keys()
+    for name, delta in products(there).items():
+        assert (delta == here[name]).all(), name
+
+
+def write_statistics(path: Path, folder: Path, seed: int) -> Path:
+    """A statistics file for an adapter, of inputs drawn at random."""
+    with load_adapter(folder) as adapter:
+        modules = {m.name: {"m": m.m, "n": m.n, "source": m.name} for m in adapter.modules.values()}
+        told = {
+            "version": 1, "base": "0" * 64, "features": "model", "model": adapter.digest, "data": "1" * 64,
+            "samples": 50, "rows": 50, "row": "tokens", "statistic": "gram", "modules": modules,
+        }  # fmt: skip
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for name, module in modules.items():
+        rows = torch.randn(50, int(str(module["n"])), generator=generator)
+        tensors |= {f"{name}.gram": rows.mT @ rows / 50, f"{name}.mean": rows.mean(0)}
+    save_file(tensors, str(path), metadata={METADATA_KEY: json.dumps(told)})
+    return path
+
+
+def test_submit_pushes_what_a_method_looks_at(
+    up: Up, pair: Pair, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = write_recipe(tmp_path / "r.yaml", [], merge_method="regmean")
+    told = json.loads(recipe.read_text())
+    for t, folder in enumerate(pair.folders):
+        file = write_statistics(tmp_path / f"task{t}.safetensors", folder, seed=t)
+        told["models"].append({"model": str(folder), "statistics": str(file)})
+    recipe.write_text(json.dumps(told))
+    out, there = tmp_path / "merged", tmp_path / "there"
+    assert cli.main(["submit", str(recipe), "--push", "local", "--out", str(out), "--url", up.url]) == 0
+    assert "pushed" in capsys.readouterr().err
     assert cli.main(["merge", str(recipe), "--out", str(there), "--quiet"]) == 0
     here = products(out)
     assert here.keys() == products(there).keys()
