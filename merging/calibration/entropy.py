@@ -168,8 +168,8 @@ def _warn_of_collapse(
             warn(
                 "predictions_collapsed",
                 f"the predictions for {label} fell from {then['classes_in_use']:.1f} classes in use to "
-                f"{now['classes_in_use']:.1f}: lower entropy is not better accuracy here. Try fewer steps, "
-                "`diversity`, or `origin: cart`.",
+                f"{now['classes_in_use']:.1f}: lower entropy is not better accuracy here. Set "
+                "`diversity: 1`, or use fewer steps.",
             )
 
 
