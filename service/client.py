@@ -69,10 +69,12 @@ class Client:
             files = _uploadable(folder)
         else:
             raise InputError("not_a_folder", f"{folder} is not a folder", where={"file": str(folder)})
+        sent: dict[str, str] = {}
         for file in files:
             name = file.relative_to(folder).as_posix()
+            sent[name] = digest = _digest(file)
             if file.stat().st_size > self._parts_above:
-                self._push_parts(file, model, name)
+                self._push_parts(file, model, name, digest)
                 continue
             self._call(
                 "PUT",
@@ -81,18 +83,13 @@ class Client:
                 headers={
                     "Content-Length": str(file.stat().st_size),
                     "Content-Type": "application/octet-stream",
-                    "Content-Digest": f"sha-256=:{_digest(file)}:",
+                    "Content-Digest": f"sha-256=:{base64.b64encode(bytes.fromhex(digest)).decode()}:",
                 },
             )
-        return self._object("POST", f"{path}/commit")
+        return self._object("POST", f"{path}/commit", json={"files": sent})
 
-    def _push_parts(self, file: Path, model: str, name: str) -> None:
-        announcement = {
-            "model": model,
-            "path": name,
-            "size": file.stat().st_size,
-            "sha256": base64.b64decode(_digest(file)).hex(),
-        }
+    def _push_parts(self, file: Path, model: str, name: str, sha256: str) -> None:
+        announcement = {"model": model, "path": name, "size": file.stat().st_size, "sha256": sha256}
         try:
             send_in_parts(self._call, self._bare, file, announcement)
         except PartsNotSent as error:
@@ -323,7 +320,7 @@ def _chunks(file: Path) -> Iterator[bytes]:
 
 def _digest(file: Path) -> str:
     with file.open("rb") as stream:
-        return base64.b64encode(hashlib.file_digest(stream, "sha256").digest()).decode()
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _umask() -> int:

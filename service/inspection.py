@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from merging.errors import MergeError
+from merging.formats.guard import check_safetensors
 from service.data_uploads import inspect_data
 from service.names import WEIGHTS
 
@@ -25,6 +26,7 @@ def inspect(folder: Path, model: str) -> dict[str, Any]:
         data = inspect_data(folder)
         if data is not None:
             return data
+        _check_weights(folder)
         if is_dense(folder):
             return _inspect_whole(folder, model)
         adapter = load_adapter(folder, label=model)
@@ -64,19 +66,13 @@ def inspect_parts(folder: Path, model: str) -> dict[str, Any] | None:
 
     Weights outside of these folders must at least be well-formed: they may be what the parts share.
     """
-    from merging.formats.guard import check_safetensors
     from merging.formats.source import CONFIG_NAME
 
     parts = sorted(path.parent for path in folder.glob(f"*/{CONFIG_NAME}"))
     if len(parts) < 2 or (folder / CONFIG_NAME).exists():
         return None
     found = [inspect(part, f"{model}/{part.name}") for part in parts]
-    for path in sorted(folder.rglob(f"*{WEIGHTS}")):
-        if path.parent not in parts:
-            try:
-                check_safetensors(path)
-            except MergeError as error:
-                raise hide_folder(error, folder) from None
+    _check_weights(folder)
     warnings = [f"{part.name}: {text}" for part, facts in zip(parts, found, strict=True)
                 for text in facts["warnings"]]  # fmt: skip
     return {
@@ -86,6 +82,18 @@ def inspect_parts(folder: Path, model: str) -> dict[str, Any] | None:
         "base_model": found[0]["base_model"],
         "warnings": tuple(warnings),
     }
+
+
+def _check_weights(folder: Path) -> None:
+    """Raise the errors of the guard for any weights in a folder, be they of the model or beside it."""
+    for path in sorted(folder.rglob(f"*{WEIGHTS}")):
+        name = path.relative_to(folder).as_posix()
+        try:
+            check_safetensors(path)
+        except MergeError as error:
+            error.message = error.message.replace(path.name, name, 1)
+            error.where = {**error.where, "file": name}
+            raise
 
 
 def hide_folder(error: MergeError, folder: Path) -> MergeError:

@@ -8,7 +8,8 @@ names and the order of models and revisions, and can be rebuilt.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from service.outlines import can_be_outlined, outline
 from service.paging import page
 from service.scratch import scratch
 from service.storage import Blob, Storage, blob_key
+from service.uploaded import uploaded
 
 STAGING_SECONDS = 24 * 3600
 MAX_FILES = 1000
@@ -72,25 +74,27 @@ class Registry:
         self._hold(tenant, (blob.sha256,))
         return FileEntry(path=path, sha256=blob.sha256, size=blob.size)
 
-    def commit(self, tenant: str, model: str) -> Manifest:
-        """Make a revision of the staged files.
+    def commit(self, tenant: str, model: str, wanted: Mapping[str, str] | None = None) -> Manifest:
+        """Make a revision of the staged files, or of exactly those that are ``wanted``, by path and sha256.
 
-        Raises ``nothing_to_commit`` and every error of opening an adapter; the files then stay staged, so
-        that the client can replace the wrong one.
+        Raises ``nothing_to_commit``, ``file_not_uploaded`` and every error of opening an adapter; the files
+        then stay staged, so that the client can replace the wrong one.
         """
         staged = {
             text(path): text(value) for path, value in self._redis.hgetall(staging_key(tenant, model)).items()
         }
-        if not staged:
+        rows = {path: json.loads(value) for path, value in staged.items()}
+        entries = [FileEntry(path=path, sha256=row[0], size=row[1]) for path, row in rows.items()]
+        if wanted is not None:
+            entries = [self._uploaded(tenant, path, sha256) for path, sha256 in wanted.items()]
+            staged = {entry.path: json.dumps([entry.sha256, entry.size]) for entry in entries}
+        if not entries:
             raise Conflict(
                 "nothing_to_commit",
                 f"no file was uploaded for the next revision of {model}",
                 remedy="PUT its files first",
             )
-        files = tuple(
-            FileEntry(path=path, sha256=sha256, size=size)
-            for path, (sha256, size) in sorted((path, json.loads(value)) for path, value in staged.items())
-        )
+        files = tuple(sorted(entries, key=lambda entry: entry.path))
         _refuse_nesting(files)
         revision = revision_of(files)
         manifest = self._load(tenant, model, revision)
@@ -127,6 +131,13 @@ class Registry:
             self._save(tenant, manifest)
             self.index(tenant, manifest)
         return manifest
+
+    def _uploaded(self, tenant: str, path: str, sha256: str) -> FileEntry:
+        found = uploaded(self._storage, tenant, path, sha256, sys.maxsize)
+        if found is None:
+            told = f"{path} with the sha256 {sha256} was not uploaded, or long ago"
+            raise Conflict("file_not_uploaded", told, remedy="PUT it first", where={"file": path})
+        return found
 
     def _create(self, tenant: str, model: str, revision: str, files: tuple[FileEntry, ...]) -> Manifest:
         manifest = self._describe(tenant, model, revision, files, weights=True)

@@ -14,7 +14,7 @@ from fastapi.responses import JSONResponse
 
 from merging.errors import MergeError
 from merging.formats.sniff import refuse_foreign
-from service.bodies import HEAD, drain
+from service.bodies import drain
 from service.deps import Services, ServicesDep, TenantDep
 from service.documents import FileEntry, Manifest
 from service.errors import Conflict, Forbidden, ServiceError, TooLarge
@@ -28,6 +28,7 @@ from service.hub.repos import MAIN, find
 from service.names import RESULTS, Reference, check_model, check_path, size_limit
 from service.problems import document
 from service.storage import Blob, blob_key
+from service.uploaded import uploaded
 
 router = APIRouter(prefix="/hf", route_class=HubRoute, include_in_schema=False)
 
@@ -203,16 +204,11 @@ def git_oid(services: Services, tenant: str, entry: FileEntry) -> str | None:
 def _amend(services: Services, tenant: str, reference: Reference, change: Change) -> Manifest:
     """Apply a change to the newest revision; once more when another commit came first."""
 
-    def uploaded(path: str, sha256: str) -> FileEntry:
-        key = blob_key(tenant, sha256)
-        size = services.storage.size(key)
-        if size is None:
+    def find_content(path: str, sha256: str) -> FileEntry:
+        found = uploaded(services.storage, tenant, path, sha256, services.settings.max_upload_bytes)
+        if found is None:
             raise not_uploaded(path, sha256)
-        limit = size_limit(path, services.settings.max_upload_bytes)
-        if size > limit:
-            raise TooLarge("file_too_large", f"{path} has more than {limit} bytes", where={"file": path})
-        refuse_foreign(services.storage.first_bytes(key, HEAD), path)
-        return FileEntry(path=path, sha256=sha256, size=size)
+        return found
 
     for _ in range(_TRIES):
         newest = services.registry.manifest(tenant, reference)
@@ -222,7 +218,7 @@ def _amend(services: Services, tenant: str, reference: Reference, change: Change
                 f"A commit has happened since {change.parent}: the newest is {newest.revision}",
                 remedy="Look at it and commit again",
             )
-        files = change.apply(newest.files, uploaded)
+        files = change.apply(newest.files, find_content)
         if files == newest.files:
             return newest
         made = services.registry.revise(tenant, newest.model, newest.revision, files)

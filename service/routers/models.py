@@ -13,8 +13,9 @@ from service.bodies import drain, sniffed
 from service.content import promised_sha256, send
 from service.deps import Cursor, Limit, Services, ServicesDep, TenantDep
 from service.errors import BadRequest, NotFound, ServiceError, TooLarge
+from service.gates import BODY_LIMIT
 from service.names import REVISION_PATTERN, Reference, check_model, check_path, size_limit
-from service.schemas.models import Revision, RevisionPage, StoredFile
+from service.schemas.models import CommitRequest, Revision, RevisionPage, StoredFile
 from service.storage import Blob, DigestMismatch, StreamTooLong, blob_key
 
 router = APIRouter(prefix="/v1/models", tags=["models"])
@@ -92,10 +93,16 @@ async def _receive(request: Request, services: Services, tenant: str, path: str,
         raise BadRequest("upload_interrupted", f"the upload of {path} broke off") from error
 
 
-@router.post("/{ns}/{name}/commit", status_code=status.HTTP_201_CREATED)
-def commit(services: ServicesDep, tenant: TenantDep, ns: Ns, name: Name) -> Revision:
-    """Check what was uploaded and make it an immutable revision. The same content gives the same revision."""
-    return Revision.of(services.registry.commit(tenant, check_model(ns, name)))
+@router.post("/{ns}/{name}/commit", status_code=status.HTTP_201_CREATED, max_body_size=BODY_LIMIT)
+def commit(
+    services: ServicesDep, tenant: TenantDep, ns: Ns, name: Name, body: CommitRequest | None = None
+) -> Revision:
+    """Check what was uploaded and make it an immutable revision. The same content gives the same revision.
+
+    With `files` it is made of exactly these, whatever else was uploaded meanwhile or left by an earlier try.
+    """
+    wanted = body.files if body else None
+    return Revision.of(services.registry.commit(tenant, check_model(ns, name), wanted))
 
 
 @router.get("")

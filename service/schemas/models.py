@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 from pydantic import BaseModel, ConfigDict, Field
 
 from service.documents import Manifest
@@ -9,6 +11,17 @@ from service.documents import Manifest
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid")
+
+
+class CommitRequest(_Strict):
+    """What the revision is to be made of."""
+
+    files: dict[str, Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]] | None = Field(
+        default=None,
+        max_length=1000,
+        description="all files, by path, with their sha256 (hexadecimal); without it, whatever was uploaded "
+        "since the last commit",
+    )
 
 
 class StoredFile(_Strict):

@@ -104,7 +104,7 @@ def test_huggingface_hub_writes(up: Up, folders: tuple[Path, Path], tmp_path: Pa
         ("yaml", "ValueError", "the front matter is not YAML"),
         ("missing", "RemoteEntryNotFoundError", "A file with this name doesn't exist: README.md"),
         ("stale", "HfHubHTTPError", "parent_commit_outdated: A commit has happened since"),
-        ("broken", "HfHubHTTPError", "adapter_config_missing: refused has no adapter_config.json. It states"),
+        ("broken", "HfHubHTTPError", "refused has no adapter_config.json. It states"),
         ("pickle", "HfHubHTTPError", "pickle_not_accepted: adapter_model.bin has the suffix of a pickle"),
         ("branch", "HfHubHTTPError", "not_supported: this service has no branches"),
         ("pr", "HfHubHTTPError", "not_supported: this service has no pull requests"),
