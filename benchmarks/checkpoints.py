@@ -1,9 +1,11 @@
 """Time merges of whole checkpoints against a plain streamed sum and against mergekit, side by side.
 
-``python -m benchmarks.checkpoints [--size quick|half|real] [--mergekit-python PYTHON]``: a base and three
-fine-tunes in bf16, one thread, every measurement a process of its own, rounds interleaved. CPU-seconds and
-wall seconds are those of the merge (reading, hashing, merging, writing; no imports); memory is the peak of
-the anonymous pages of the whole process, sampled, because mapped files are no memory that a merge needs.
+``python -m benchmarks.checkpoints [--size quick|half|real] [--mergekit PYTHON]``: a base and three
+fine-tunes in bf16 (``real``: 1 GB each), one thread, every measurement a process of its own, rounds
+interleaved. CPU-seconds and wall seconds are those of the merge (reading, hashing, merging, writing; no
+imports); memory is the peak of the anonymous pages of the whole process, sampled, because mapped files are
+no memory that a merge needs. Below the table stands what of the promises does not hold, if anything; the
+exit status is then 1.
 
 ``ours`` runs a recipe (float32 arithmetic), ``ours as mergekit`` the same configuration that mergekit gets.
 With ``--equal`` the results of the latter are compared with mergekit's, its sorts made stable and its masks
@@ -14,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import resource
 import shutil
@@ -31,6 +34,12 @@ from benchmarks.checkpoint_inputs import SHAPES, checkpoint_set
 ROOT = Path(__file__).resolve().parents[1]
 METHODS = ("linear", "task_arithmetic", "ties", "dare_ties", "della", "breadcrumbs", "sce")
 LIMITS = {"linear": 1.3, "task_arithmetic": 1.3, "ties": 4.0, "dare_ties": 4.0}
+LIMIT = 5.0
+"""Promised times the floor, for the methods that are not in ``LIMITS``."""
+
+ANONYMOUS = 1 << 30
+COPIES = 4
+"""Promised memory: ``ANONYMOUS`` and so many copies of the largest tensor in float32."""
 PARAMETERS: dict[str, dict[str, Any]] = {
     "linear": {"weight": 0.3},
     "task_arithmetic": {"weight": 0.3},
@@ -223,13 +232,34 @@ def table(rows: list[Row]) -> str:
         if not row.runs:
             lines.append(f"| {row.method} | {row.tool} | failed: {row.error} | | | | | |")
             continue
-        limit = f"<= {LIMITS.get(row.method, 5.0):g}" if row.tool == "ours" else ""
+        limit = f"<= {LIMITS.get(row.method, LIMIT):g}" if row.tool == "ours" else ""
         lines.append(
             f"| {row.method} | {row.tool} | {row.median('cpu'):.2f} | {row.median('cpu') / floor:.2f} "
             f"| {limit} | {row.median('wall'):.2f} | {row.median('process'):.2f} "
             f"| {row.median('anonymous') / 1e6:.0f} |"
         )
     return "\n".join(lines)
+
+
+def broken(rows: list[Row], largest: int) -> list[str]:
+    """The promises that do not hold; ``largest`` is the number of entries of the largest tensor."""
+    floor, found = rows[0].median("cpu"), []
+    room = ANONYMOUS + COPIES * 4 * largest
+    for row in rows:
+        if row.tool != "ours" or not row.runs:
+            continue
+        ratio, limit = row.median("cpu") / floor, LIMITS.get(row.method, LIMIT)
+        if ratio > limit:
+            found.append(f"{row.method}: {ratio:.2f} x floor, promised {limit:g}")
+        if row.median("anonymous") > room:
+            found.append(f"{row.method}: {row.median('anonymous') / 1e6:.0f} MB, promised {room / 1e6:.0f}")
+    return found
+
+
+def python_of(text: str) -> str:
+    """A Python by its path or by that of its virtual environment."""
+    path = Path(text)
+    return str(path / "bin" / "python") if path.is_dir() else text
 
 
 def equality(paths: list[Path], options: argparse.Namespace) -> str:
@@ -279,7 +309,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--mergekit-python", help="a Python that has mergekit 0.1.5")
+    parser.add_argument(
+        "--mergekit-python",
+        "--mergekit",
+        type=python_of,
+        help="a Python that has mergekit 0.1.5, or its virtual environment",
+    )
     parser.add_argument("--equal", action="store_true", help="compare with mergekit instead of timing")
     options = parser.parse_args(argv)
     if options.child:
@@ -294,7 +329,9 @@ def main(argv: list[str] | None = None) -> int:
     print(table(rows))
     data = [{"tool": row.tool, "method": row.method, "error": row.error, "runs": row.runs} for row in rows]
     (options.scratch / "checkpoints.json").write_text(json.dumps(data, indent=1) + "\n")
-    return int(any(row.error for row in rows))
+    wrong = broken(rows, max(math.prod(size) for _, size in SHAPES[options.size].tensors()))
+    print("\n" + ("\n".join(f"- {line}" for line in wrong) or "Every promise holds."))
+    return int(bool(wrong) or any(row.error for row in rows))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from typing import Any
 
 from merging.dense.inputs import Model, Resolve
 from merging.dense.plan import DensePlan, prepare_dense
-from merging.dense.table import FLOATS
+from merging.dense.table import EXACT_NUMEL, FLOATS, REDUCED_RANK, TensorJob
 from merging.formats.adapter import Adapter
 from merging.formats.guard import ITEM_BYTES
 from merging.planning import Plan
@@ -16,11 +16,16 @@ from merging.recipe import Recipe
 BLOCK_BYTES = 96 << 20
 """What a thread needs for the blocks of a tensor."""
 
+IDLE_BYTES = 160 << 20
+"""What a process has before it merges, by measurement."""
+
 _PROCESS_BYTES = 350 << 20
 _RATES = {"linear": 4.0e8, "slerp": 3.0e8}
 _ENTRY_RATE = 6.0e7
 _SPECTRAL_RATE = 1.0e10
 SPECTRAL = ("tsv", "iso_c", "iso_cts", "cart")
+SPECTRAL_COPIES = 42
+"""Of a square matrix, for each model, by measurement; fewer of others."""
 
 
 def job_bytes(plan: DensePlan) -> int:
@@ -28,11 +33,21 @@ def job_bytes(plan: DensePlan) -> int:
     largest = max((job.numel for job in plan.jobs if job.inputs), default=0)
     name = plan.resolved.method.name
     copies = {"linear": 0, "slerp": 0, "sce": 2, "svd": 4}.get(name, 1)
-    if name in SPECTRAL:
-        copies = 8 * len(plan.models)
     if plan.recipe.output.format == "lora":
         copies += 3
-    return BLOCK_BYTES + 4 * copies * largest
+    found = 4 * copies * largest
+    if name in SPECTRAL:
+        found += max((_spectral(job, len(job.inputs)) for job in plan.jobs if job.inputs), default=0)
+    return BLOCK_BYTES + found
+
+
+def _spectral(job: TensorJob, tasks: int) -> int:
+    """What a spectral method holds at once for a matrix: of the large ones their leading part."""
+    if len(job.shape) != 2:
+        return 0
+    if job.numel <= EXACT_NUMEL:
+        return 4 * SPECTRAL_COPIES * tasks * job.numel
+    return 4 * (8 * job.numel + SPECTRAL_COPIES * tasks * REDUCED_RANK * sum(job.matrix))
 
 
 def describe_dense(recipe: Recipe, *, resolve: Resolve) -> Plan:

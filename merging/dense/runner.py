@@ -18,7 +18,7 @@ from torch import Tensor
 
 from merging import __version__, catalog
 from merging.dense import blocks
-from merging.dense.describe import job_bytes
+from merging.dense.describe import IDLE_BYTES, job_bytes
 from merging.dense.extract import write_extracted
 from merging.dense.plan import DensePlan, ShardPlan
 from merging.dense.settled import Settled
@@ -75,10 +75,10 @@ def header_metadata(plan: DensePlan) -> dict[str, str]:
 
 
 def thread_limit(plan: DensePlan, threads: int, memory_budget: int | None) -> int:
-    """How many threads fit into ``memory_budget`` bytes; at least one."""
+    """How many threads fit into ``memory_budget`` bytes for the whole process; at least one."""
     if memory_budget is None:
         return threads
-    return max(1, min(threads, memory_budget // max(1, job_bytes(plan))))
+    return max(1, min(threads, (memory_budget - IDLE_BYTES) // job_bytes(plan)))
 
 
 class DenseRunner:

@@ -16,14 +16,13 @@ from torch import Tensor
 
 from merging.compress import RankRule, compress
 from merging.dense.stack import DenseStack
+from merging.dense.table import EXACT_NUMEL, REDUCED_RANK
 from merging.kernels import Context, Merged
 from merging.lowrank import ThinSVD
 from merging.methods.linear import task_weights
 from merging.updates import LowRank, UpdateStack
 
 METHODS = ("svd", "tsv", "iso_c", "iso_cts", "cart")
-EXACT_NUMEL = 1 << 24
-REDUCED_RANK = 512
 
 
 def merge(stack: DenseStack, kernel: Any, method: str, ctx: Context) -> tuple[Tensor, float]:

@@ -18,6 +18,10 @@ from merging.formats.guard import TensorInfo
 from merging.formats.tensor_set import TensorSet
 
 FLOATS = ("F16", "BF16", "F32", "F64")
+EXACT_NUMEL = 1 << 24
+"""Spectral methods take matrices of more entries by their leading part, of rank ``REDUCED_RANK``."""
+
+REDUCED_RANK = 512
 _SHOWN = 10
 BUFFERS = (".rotary_emb.inv_freq", ".position_ids", ".masked_bias", ".attn.bias")
 """Buffers that some versions of a library save and others do not; they are never merged, nor rounded."""

@@ -303,7 +303,7 @@ def test_the_memory_budget_limits_the_threads(tmp_path: Path) -> None:
     with prepare_dense(Recipe.load(recipe(base, models, "ties")), resolve=local_path) as plan:
         assert thread_limit(plan, 8, None) == 8
         assert thread_limit(plan, 8, 1) == 1
-        assert thread_limit(replace(plan), 8, 300 << 20) == 3
+        assert thread_limit(replace(plan), 8, 560 << 20) == 4  # the process itself counts
 
 
 @pytest.mark.parametrize(
