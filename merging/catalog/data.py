@@ -4,21 +4,12 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
-from merging.catalog.spec import PER_MODEL, Contract, Method, MethodParams, Paper
-
-
-class _NumberLambda(MethodParams):
-    @field_validator("lambda_")
-    @classmethod
-    def _number(cls, value: float | str) -> float | str:
-        if value == "auto":
-            raise ValueError("lambda: auto is not defined for methods that look at data; give a number")
-        return value
+from merging.catalog.spec import PER_MODEL, Contract, Method, NumberLambda, Paper
 
 
-class _GramParams(_NumberLambda):
+class _GramParams(NumberLambda):
     weight: float = Field(
         default=1.0,
         ge=0.0,
@@ -61,7 +52,7 @@ class MatsParams(_GramParams):
     )
 
 
-class OsrmParams(_NumberLambda):
+class OsrmParams(NumberLambda):
     statistic: Literal["covariance", "mean"] = Field(
         default="covariance",
         description=(
@@ -121,7 +112,7 @@ class OsrmProjectParams(OsrmParams):
     )
 
 
-class AdarankParams(_NumberLambda):
+class AdarankParams(NumberLambda):
     weight: float = Field(
         default=1.0,
         ge=-1e6,

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
-from merging.catalog.spec import PER_MODEL, Contract, LambdaAuto, Method, MethodParams, Paper
+from merging.catalog.spec import PER_MODEL, Contract, LambdaAuto, Method, MethodParams, NumberLambda, Paper
 
 
 class DrmParams(LambdaAuto):
@@ -118,7 +118,7 @@ class LoreParams(MethodParams):
     )
 
 
-class RmmParams(MethodParams):
+class RmmParams(NumberLambda):
     basis_size: int = Field(
         default=1,
         ge=0,
@@ -139,13 +139,6 @@ class RmmParams(MethodParams):
         default="position",
         description="A basis per row of B and per column of A (the paper), or one for B and one for A.",
     )
-
-    @field_validator("lambda_")
-    @classmethod
-    def _number(cls, value: float | str) -> float | str:
-        if value == "auto":
-            raise ValueError("lambda: auto is not defined for rmm, which merges nothing; give a number")
-        return value
 
 
 DRM = Paper("Decom-Renorm-Merge: Model Merging on the Right Space Improves Multitasking", "2505.23117")

@@ -51,6 +51,16 @@ class LambdaAuto(MethodParams):
     )
 
 
+class NumberLambda(MethodParams):
+    """Parameters of methods whose scale cannot be calibrated: `lambda` is a number."""
+
+    lambda_: float = Field(
+        default=1.0,
+        alias="lambda",
+        description="Factor on what the method writes. `auto` is not defined for this method.",
+    )
+
+
 @dataclass(frozen=True)
 class Paper:
     """Where a method was published."""
