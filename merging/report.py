@@ -9,6 +9,7 @@ from typing import Any
 from merging.catalog.spec import MethodParams
 from merging.diagnostics.telling import Measured, inputs_data, module_data, relation
 from merging.diagnostics.whole import whole_model
+from merging.formats.conv1d import doubtful
 from merging.outcomes import Outcome
 from merging.preparing import Prepared
 
@@ -37,6 +38,13 @@ class Findings:
             adapter = prepared.adapters[task]
             for text in adapter.warnings:
                 self.warn("adapter_warning", f"{adapter.label}: {text}")
+        if prepared.recipe.output.format == "delta" and doubtful(prepared.table.modules):
+            self.warn(
+                "orientation_doubtful",
+                "PEFT notes fan_in_fan_out once for all layers; if the base has both Conv1D and Linear "
+                "layers, as GPT-2 with its head, some updates in this file are transposed. Write a "
+                "checkpoint instead: there the base decides.",
+            )
         for text in prepared.table.warnings:
             self.warn("inputs_warning", text)
 

@@ -16,6 +16,7 @@ from merging.formats import peft_out
 from merging.formats.experts import join_factors, stored_pairs
 from merging.formats.families import FAMILIES
 from merging.formats.image_out import common_alpha
+from merging.formats.peft_keys import weight_key
 from merging.formats.saved import saved_modules
 from merging.formats.writer import TensorSpec, write_safetensors
 from merging.preparing import Prepared
@@ -184,7 +185,7 @@ def _write_delta(path: Path, findings: Findings, spool: Spool, metadata: dict[st
     prepared = findings.prepared
     modules = result_modules(findings)
     names = [module.name for module in modules]
-    specs = [TensorSpec(f"{m.name}.weight", prepared.dtype, m.weight_shape) for m in modules]
+    specs = [TensorSpec(weight_key(m.name, names), prepared.dtype, m.weight_shape) for m in modules]
 
     def tensors() -> Iterator[Tensor]:
         for module, name in zip(modules, names, strict=True):

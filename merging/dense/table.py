@@ -14,7 +14,9 @@ from typing import Literal
 from merging.dense.inputs import Model
 from merging.errors import InputError
 from merging.formats.adapter import Adapter
+from merging.formats.conv1d import oriented
 from merging.formats.guard import TensorInfo
+from merging.formats.peft_keys import weight_key
 from merging.formats.tensor_set import TensorSet
 
 FLOATS = ("F16", "BF16", "F32", "F64")
@@ -242,8 +244,11 @@ class _Matcher:
                 where={"model": adapter.label},
             )
         unmatched = []
+        keys = {name: weight_key(name, adapter.modules) for name in adapter.modules}
+        shapes = {name: self.frame[key].shape for name, key in keys.items() if key in self.frame}
+        adapter.modules = oriented(adapter.modules, shapes, (self.base.config or {}).get("model_type"))
         for name, module in adapter.modules.items():
-            key = f"{name}.weight"
+            key = keys[name]
             if key not in self.frame:
                 unmatched.append(name)
                 continue

@@ -7,6 +7,7 @@ carry one in the tail, and wrappers (FSDP, torch.compile, DDP) leave fragments i
 from __future__ import annotations
 
 import re
+from collections.abc import Container
 from dataclasses import dataclass
 from typing import Literal
 
@@ -60,6 +61,16 @@ def factor_keys(name: str, kind: Kind) -> tuple[str, str]:
 def config_path(name: str) -> str:
     """The module path by which PEFT's configuration (patterns, target_modules) knows a module."""
     return name.removesuffix(MHA_OUT)
+
+
+def weight_key(name: str, names: Container[str]) -> str:
+    """The base's own name for the weight of a module; ``names`` are all modules of the adapter.
+
+    That of a ``nn.MultiheadAttention`` is the packed projection, whose output projection is wrapped too.
+    """
+    if name.endswith(MHA_OUT):
+        return f"{name.removesuffix(MHA_OUT)}.out_proj.weight"
+    return f"{name}.in_proj_weight" if name + MHA_OUT in names else f"{name}.weight"
 
 
 def _strip(path: str) -> tuple[str, str | None]:
