@@ -34,7 +34,9 @@ GIVE_UP_SECONDS = 15.0
 PATIENCE_SECONDS = 3.0
 """How long a job may belong to nobody before it is taken for lost."""
 
+# RQ notes when it first saw a job on its way, and fails it where it sees it there again a minute later.
 _PUT_BACK = """
+redis.call('DEL', KEYS[1] .. ':first_seen:' .. ARGV[1])
 if redis.call('LREM', KEYS[1], 1, ARGV[1]) > 0 then redis.call('LPUSH', KEYS[2], ARGV[1]) return 1 end
 return 0
 """

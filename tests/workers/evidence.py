@@ -55,6 +55,7 @@ def nothing_in_hand(deployment: Deployment) -> None:
 def _in_hand(deployment: Deployment) -> list[str]:
     with deployment.redis() as connection:
         held = [*connection.keys("rq:queue:merges*"), *connection.keys("rq:wip:*")]
+        held = [key for key in held if b":first_seen:" not in key]  # a note of RQ, and no job
         held += [key for key in (b"mg:active", b"mg:unsaved") if connection.exists(key)]
     found = [key.decode() for key in held]
     return [*found, *(path.name for path in (deployment.data / "scratch").iterdir())]

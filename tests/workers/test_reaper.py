@@ -38,6 +38,21 @@ def test_a_job_that_nobody_started_goes_back(connection: redis.Redis, jobs: Jobs
     assert not connection.exists(f"rq:queue:{NORMAL_QUEUE}:intermediate")
 
 
+def test_a_job_that_went_back_is_not_taken_for_stuck_the_next_time(
+    connection: redis.Redis, jobs: Jobs, lost: Lost
+) -> None:
+    """RQ's maintenance remembers for a day that it saw a job on its way."""
+    merge = jobs.create("t", RECIPE)
+    worker = MergeWorker([NORMAL_QUEUE], connection=connection, name="w")
+    (work,) = worker.queues
+    assert dequeue(connection, NORMAL_QUEUE) is not None
+    work.intermediate_queue.cleanup(worker, work)
+    lost.sweep()
+    assert dequeue(connection, NORMAL_QUEUE) is not None
+    assert not work.intermediate_queue.should_be_cleaned_up(merge.id)
+    assert work.intermediate_queue.get_first_seen(merge.id) is None
+
+
 def test_a_job_on_its_way_is_left_alone_for_a_while(connection: redis.Redis, jobs: Jobs) -> None:
     jobs.create("t", RECIPE)
     assert dequeue(connection, NORMAL_QUEUE) is not None
