@@ -96,8 +96,8 @@ class Attempt(ResultDirectory):
             whole = data.rfind(b"\n") + 1  # the last line may have been cut short
             os.truncate(journal, whole)
             for line in data[:whole].splitlines():
-                part = ShardResult.of(json.loads(line))
-                if 0 <= part.index < count and self._intact(part):
+                part = _noted(line)
+                if part is not None and 0 <= part.index < count and self._intact(part):
                     found[part.index] = part
         parts = [found[index] for index in sorted(found)]
         self._clear(parts)
@@ -154,3 +154,11 @@ class Attempt(ResultDirectory):
             if handle is not None:
                 shutil.rmtree(entry, ignore_errors=True)
                 os.close(handle)
+
+
+def _noted(line: bytes) -> ShardResult | None:
+    """A line of the journal; ``None`` for one that a failing disk or a lost power supply left."""
+    try:
+        return ShardResult.of(json.loads(line))
+    except (ValueError, TypeError, KeyError):
+        return None

@@ -240,7 +240,7 @@ def test_a_warning_of_the_passes_is_in_the_report(
     assert "spectrum_cut" in [entry["code"] for entry in result.report["warnings"]]
 
 
-@pytest.mark.parametrize("damage", ["journal", "shard", "gone", "junk"])
+@pytest.mark.parametrize("damage", ["journal", "zeros", "shard", "gone", "junk"])
 def test_what_is_not_intact_is_made_again(tmp_path: Path, data: dict[str, Any], damage: str) -> None:
     whole, total = finish(data, tmp_path / "whole")
     attempt = interrupted(data, tmp_path / "out", after=total - 2)
@@ -248,6 +248,9 @@ def test_what_is_not_intact_is_made_again(tmp_path: Path, data: dict[str, Any], 
     if damage == "journal":
         lines = (attempt / JOURNAL).read_bytes()
         (attempt / JOURNAL).write_bytes(lines[:-10])  # cut short
+    elif damage == "zeros":
+        lines = (attempt / JOURNAL).read_bytes().splitlines(keepends=True)
+        (attempt / JOURNAL).write_bytes(lines[0] + bytes(40) + b"\n" + b"".join(lines[1:]))
     elif damage == "shard":
         shard.write_bytes(shard.read_bytes()[:-1] + b"\x7f")
     elif damage == "gone":
