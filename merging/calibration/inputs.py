@@ -82,7 +82,11 @@ class Inputs:
         heads = []
         references = dict(self.references)
         for entry, adapter in zip(recipe.models, adapters, strict=True):
-            head = own_head(adapter) if entry.head is None else open_head(_file(resolve(entry.head)))
+            head = (
+                own_head(adapter)
+                if entry.head is None
+                else open_head(_file(_at(resolve, entry.head, "head")))
+            )
             assert self.base is not None
             check_width(head, self.base.config)
             if entry.head is not None and head.digest is not None:
@@ -151,7 +155,7 @@ def find_inputs(recipe: Recipe, method: Method, resolve: Resolve) -> Inputs:
             fail("data_not_used", f"{where}: {method.name} uses no head", "Remove it.", f"{where}.head")
         opened = None
         if entry.statistics is not None:
-            opened = StatisticsFile(_file(resolve(entry.statistics)))
+            opened = StatisticsFile(_file(_at(resolve, entry.statistics, "statistics")))
             references[entry.statistics] = opened.digest
         statistics.append(opened)
     base = None
@@ -163,7 +167,7 @@ def find_inputs(recipe: Recipe, method: Method, resolve: Resolve) -> Inputs:
                 "Set `base_model`, or give `statistics` for every model.",
                 "base_model",
             )
-        base = find_base(resolve(recipe.base_model))
+        base = find_base(_at(resolve, recipe.base_model, "base_model"))
     elif recipe.base_model is not None:
         with suppress(InputError):  # a name that is not at hand is only a name
             base = find_base(resolve(recipe.base_model))
@@ -208,12 +212,12 @@ def _datasets(
     found: list[Dataset | None] = []
     if settings.data is not None:
         names = task_names([entry.model for entry in recipe.models])
-        shared = open_shared(resolve(settings.data), names)
+        shared = open_shared(_at(resolve, settings.data, "data"), names)
         found = [shared[name] for name in names]
         references[settings.data] = "-".join(dataset.digest for dataset in shared.values())
     else:
         for entry in recipe.models:
-            dataset = None if entry.data is None else open_dataset(resolve(entry.data))
+            dataset = None if entry.data is None else open_dataset(_at(resolve, entry.data, "data"))
             if entry.data is not None and dataset is not None:
                 references[entry.data] = dataset.digest
             found.append(dataset)
@@ -243,7 +247,7 @@ def _tokenizer(
     if not any(dataset is not None and dataset.tensors is None for dataset in datasets):
         return None
     assert base is not None
-    folder = base.folder if settings.tokenizer is None else resolve(settings.tokenizer)
+    folder = base.folder if settings.tokenizer is None else _at(resolve, settings.tokenizer, "tokenizer")
     names = ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json", "spiece.model")
     if not any((folder / name).is_file() for name in names):
         fail(
@@ -253,6 +257,30 @@ def _tokenizer(
             "calibration.tokenizer",
         )
     return folder
+
+
+_NOT_FOUND = {
+    "data": "dataset_not_found",
+    "statistics": "statistics_not_found",
+    "head": "head_not_found",
+    "tokenizer": "tokenizer_missing",
+    "base_model": "base_model_not_found",
+}
+
+
+def _at(resolve: Resolve, reference: str, key: str) -> Path:
+    """Where something of the recipe lies that is no adapter. Raises the code of ``key`` if nowhere."""
+    try:
+        return resolve(reference)
+    except InputError as error:
+        if error.code != "model_not_found":
+            raise
+        raise InputError(
+            _NOT_FOUND[key],
+            f"{key}: there is nothing at {reference!r}",
+            remedy="Paths are relative to the folder in which the merge is started.",
+            where={"field": key, "file": reference},
+        ) from None
 
 
 def _file(path: Path) -> Path:

@@ -214,7 +214,7 @@ def mats(recipe: Recipe) -> None:
         (other_method, "data_not_used"),
         (a_head, "data_not_used"),
         (without("base_model"), "base_model_required"),
-        (absent_data, "model_not_found"),
+        (absent_data, "dataset_not_found"),
         (auto_lambda, "invalid_parameter"),
         (mats, "statistics_incomplete"),
     ],
@@ -416,6 +416,32 @@ def test_a_head_that_cannot_be_used_is_refused(
 ) -> None:
     tiny_heads["models"][1]["head"] = str(make(tmp_path))
     assert refused({**tiny_heads, "merge_method": "adarank"}, tmp_path).code == code
+
+
+@pytest.mark.parametrize(
+    ("key", "code"),
+    [
+        ("data", "dataset_not_found"),
+        ("statistics", "statistics_not_found"),
+        ("head", "head_not_found"),
+        ("tokenizer", "tokenizer_missing"),
+        ("base_model", "base_model_not_found"),
+    ],
+)
+def test_what_lies_nowhere_is_told_by_its_key(tiny: Recipe, tmp_path: Path, key: str, code: str) -> None:
+    method = "adarank" if key == "head" else "regmean"
+    if key in ("data", "statistics"):
+        del tiny["models"][0]["data"]
+    if key == "head":
+        tiny["models"][0].update(head="nowhere")
+    elif key == "base_model":
+        tiny[key] = "nowhere"
+    elif key == "tokenizer":
+        tiny["calibration"] = {key: "nowhere"}
+    else:
+        tiny["models"][0][key] = "nowhere"
+    error = refused({**tiny, "merge_method": method}, tmp_path)
+    assert (error.code, error.where["field"]) == (code, key)
 
 
 def test_missing_heads_are_named(tiny: Recipe, tmp_path: Path) -> None:
