@@ -74,7 +74,7 @@ class Connection(HttpToolsProtocol):
         elif self.flow.read_paused:  # it is the service that is slow
             self._heard, late = moment, False
         else:
-            waiting = self.cycle.response_complete or self.cycle.more_body
+            waiting = self.cycle is None or self.cycle.response_complete or self.cycle.more_body
             late = waiting and moment - self._heard > self.silent_seconds
         if late:
             self.transport.close()

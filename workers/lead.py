@@ -50,7 +50,8 @@ class Splitter:
             count, steps, name = len(plan.sizes), plan.steps, parts_name(plan)
             if count < 2:
                 return False
-            attempt.reserve(plan.nbytes)
+            if plan.final:  # files that are put together first say how large they are when they are there
+                attempt.reserve(plan.nbytes)
         key = part_key(record, name, SETTLED)
         if self._storage.size(key) is None:  # an attempt before this one may have come so far
             if steps:

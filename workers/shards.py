@@ -98,6 +98,7 @@ class Part(Attempt):
             report, files = plan.finish(parts, out, self._settled(record, name))
             moved = {part.file for part in parts} if plan.final else set()
             digest = plan.digest
+        self.reserve(sum((out / path).stat().st_size for path in files))
         entries = []
         for path, sha256 in sorted(files.items()):
             self.advance("store", _SHARDS_SHARE, "storing the result")

@@ -85,6 +85,8 @@ def test_a_lost_worker_costs_one_file(
             return {path.name: path.stat().st_ino for path in attempts.glob("parts-*/model-*")}
 
         until(lambda: len(made()) >= 2, what="two files are made")
+        with deployment.redis() as connection:
+            reserved = int(connection.hget("mg:local:reserved", merge_id) or 0)
         worker.kill()
         before = made()
         deployment.work()
@@ -95,6 +97,13 @@ def test_a_lost_worker_costs_one_file(
     published = {path.name: path.stat().st_ino for path in attempts.glob("*/model-*")}
     assert len(before) < len(published)
     assert {name: published[name] for name in before} == before
+    size = sum(entry["size"] for entry in done["result"]["files"])
+    assert 0.9 * size < reserved < size, "the weights, before they were there"
+    with deployment.redis() as connection:
+        until(lambda: not connection.hlen("mg:local:reserved"), what="the room is given back")
+        blobs = (deployment.storage / "blobs").rglob("*")
+        uploads = sum(path.stat().st_size for path in blobs if path.is_file())
+        until(lambda: int(connection.get("mg:local:bytes") or 0) == uploads + size, what="it is counted once")
 
 
 def test_a_split_merge_stops_when_it_is_cancelled(start: Callable[..., Up], folders: list[Path]) -> None:
