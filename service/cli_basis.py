@@ -8,6 +8,9 @@ from typing import Any
 
 from service.cli_console import note, say
 
+POOR_FIT = 0.5
+"""A relative error above which a module that was added to a basis deserves a warning."""
+
 
 def add_commands(commands: Any) -> None:
     """Add ``recover`` and ``extend`` to argparse's ``commands``."""
@@ -45,7 +48,9 @@ def _extend(args: argparse.Namespace) -> int:
     from merging.basis import add_task
 
     done = add_task(args.basis, args.adapter, args.out, label=args.label, overwrite=args.overwrite)
-    errors = done["recon_error"].values()
-    note(f"added {done['task']!r}; largest relative error of a module {max(errors, default=0.0):.3f}")
+    worst = max(done["recon_error"].values(), default=0.0)
+    note(f"added {done['task']!r}; largest relative error of a module {worst:.3f}")
+    if worst > POOR_FIT:
+        note("warning: the basis does not span this adapter; merge again with it among the inputs")
     say(str(args.out))
     return 0

@@ -55,7 +55,9 @@ def test_an_added_task_can_be_recovered(
     more = str(examples_dir / "adapters" / "biblegenre")
     basis = str(merged / "basis.safetensors")
     assert cli.main(["extend", basis, more, "--out", str(tmp_path / "larger")]) == 0
-    assert "biblegenre" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "biblegenre" in told
+    assert "does not span this adapter" in told
     larger = str(tmp_path / "larger" / "basis.safetensors")
     assert cli.main(["recover", larger, "biblegenre", "--out", str(tmp_path / "again")]) == 0
     assert sorted(products(tmp_path / "again")) == sorted(products(Path(more)))
