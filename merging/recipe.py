@@ -63,6 +63,8 @@ class Output(_Strict):
     def _one_rank_rule(self) -> Output:
         if self.rank is not None and self.energy is not None:
             raise ValueError("give rank or energy, not both")
+        if self.uniform_rank and self.format != "lora":
+            raise ValueError(f"uniform_rank is for format: lora, and format is {self.format!r}")
         return self
 
 

@@ -128,7 +128,8 @@ def resolve(recipe: Recipe) -> Resolved:
         preset = {"lambda": 1.0, **method.presets.get(str(compat), {})}
         given = {**preset, **given}
     params = _validate(method, given, "parameters")
-    if space == "full" and getattr(params, "isotropize", False):
+    coordinates = hasattr(params, "core_gauge")  # the spectral methods find the same update in any space
+    if space == "full" and coordinates and getattr(params, "isotropize", False):
         raise isotropize_in_full_space()
     per_model = []
     for index, entry in enumerate(recipe.models):
@@ -217,5 +218,7 @@ def _validate(method: Method, values: Mapping[str, Any], where: str) -> MethodPa
     except ValidationError as error:
         found = complaint(error)
         field = f"{where}.{found.field}" if found.field else where
-        said = f"{where}.{found.sentence}" if found.field else f"{where}: {found.sentence}"
+        said = (
+            f"{where}.{found.sentence}" if found.field else f"{where}: {found.sentence.removeprefix('it: ')}"
+        )
         raise InputError("invalid_parameter", said, where={"field": field}) from error

@@ -74,6 +74,13 @@ class VotingParams(LambdaAuto, SpaceParams):
                 f"majority_sign_method {self.majority_sign_method!r} does not exist in {compat}: "
                 "use total or frequency, or another compat"
             )
+        if compat == "peft" and (self.agg != "mean" or self.normalize):
+            raise ValueError(
+                "PEFT divides by the number of agreeing models: leave out agg and normalize, or take "
+                "another compat"
+            )
+        if self.normalize and self.agg != "mean" and compat != "mergekit":
+            raise ValueError(f"normalize belongs to agg: mean, and agg is {self.agg!r}: give one of them")
         return self
 
 

@@ -60,6 +60,9 @@ def test_aliases_are_other_names_for_the_same_method() -> None:
             "invalid_parameter",
             "parameters",
         ),
+        ({"parameters": {"compat": "peft", "agg": "sum"}}, "invalid_parameter", "parameters"),
+        ({"parameters": {"compat": "peft", "normalize": True}}, "invalid_parameter", "parameters"),
+        ({"parameters": {"normalize": True, "agg": "max"}}, "invalid_parameter", "parameters"),
         ({"parameters": {"isotropize": True}}, "isotropize_in_full_space", "parameters.isotropize"),
         ({"parameters": {"density": 0}}, "invalid_parameter", "parameters.density"),
         ({"parameters": {"density": 1.01}}, "invalid_parameter", "parameters.density"),
@@ -84,6 +87,12 @@ def test_what_is_wrong_is_named(given: dict[str, Any], code: str, field: str) ->
         catalog.resolve(Recipe.load({**base, **given}))
     assert caught.value.code == code
     assert caught.value.where["field"] == field
+
+
+@pytest.mark.parametrize("space", ["core", "knots", "full"])
+def test_spectral_methods_finish_isotropic_in_any_space(space: str) -> None:
+    data = recipe("tsv", space=space, parameters={"isotropize": True})
+    assert catalog.resolve(data).auto_norm == catalog.ISOTROPIC_NORM
 
 
 def test_a_misspelt_method_is_answered_with_near_names() -> None:

@@ -57,6 +57,7 @@ seed: 3
             "recipe_invalid_value",
             "output",
         ),
+        (HEAD + "output: {format: delta, uniform_rank: true}", "recipe_invalid_value", "output"),
         (HEAD + "parameters: {x: .inf}", "recipe_type", None),
         (HEAD + "parameters: {x: 2020-01-01}", "recipe_type", None),
         ("models: &m [{model: a}]\nmerge_method: *m", "recipe_not_yaml", None),
