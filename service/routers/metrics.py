@@ -26,9 +26,7 @@ def metrics(request: Request, services: ServicesDep, _tenant: AdminDep) -> Respo
 
 
 def _queues(page: Exposition, services: Services) -> None:
-    page.family(
-        "merganser_queue_depth", "gauge", "Jobs that wait: merges, files of split ones, pushes."
-    )
+    page.family("merganser_queue_depth", "gauge", "Jobs that wait: merges, files of split ones, pushes.")
     for priority in PRIORITIES:
         for size in SIZES:
             depth = services.redis.llen(f"rq:queue:{queue_name(priority, size)}")

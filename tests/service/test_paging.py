@@ -26,7 +26,7 @@ def rest(connection: redis.Redis, cursor: str | None, limit: int = 2) -> list[st
 
 
 def test_a_member_that_leaves_takes_none_of_its_moment_along(connection: redis.Redis) -> None:
-    fill(connection, {name: 7 for name in "abcdef"} | {"z": 6})
+    fill(connection, dict.fromkeys("abcdef", 7) | {"z": 6})
     first, cursor = page(connection, KEY, limit=3, cursor=None)
     assert first == ["f", "e", "d"]
     connection.zrem(KEY, "d", "f")
