@@ -189,7 +189,8 @@ def _check_method(resolved: Resolved, recipe: Recipe, batches: tuple[Batch, ...]
                     remedy="Merge adapters of one rank, or choose another method.",
                     where={"module": batch.names[0]},
                 )
-    if contract.min_models > 1:
+    # Elsewhere a module that a model lacks counts as a zero update, if the recipe lets it be absent at all.
+    if contract.data and contract.min_models > 1:
         for batch in batches:
             if len(batch.tasks) < contract.min_models:
                 raise InputError(

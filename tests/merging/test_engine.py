@@ -315,6 +315,18 @@ def test_a_gpu_gives_the_products_of_the_cpu(
         assert (cpu[name] - gpu[name]).norm() <= 1e-4 * cpu[name].norm()
 
 
+def test_slerp_counts_a_module_that_one_model_lacks_as_zero(tmp_path: Path) -> None:
+    name, *others = MODULES
+    first = write_adapter(tmp_path / "a", seed=1)
+    second = write_adapter(tmp_path / "b", seed=2, modules={key: MODULES[key] for key in others})
+    data = recipe([first, second], "slerp", parameters={"t": 0.25})
+    with pytest.raises(InputError, match="missing_modules"):
+        merging.merge(data, tmp_path / "refused")
+    merging.merge({**data, "missing_modules": "zero"}, tmp_path / "out")
+    alone, merged = products(first)[name], products(tmp_path / "out")[name]
+    torch.testing.assert_close(merged, 0.75 * alone, rtol=1e-5, atol=1e-6)
+
+
 def test_lambda_auto_does_not_magnify_what_rounding_leaves_of_updates_that_cancel(
     three: list[Path], tmp_path: Path
 ) -> None:
