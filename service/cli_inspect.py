@@ -31,9 +31,7 @@ def add_command(commands: Any) -> None:
         "checkpoint or task vector; of several adapters also how their updates relate to each other, which "
         "reads the tensors.",
     )
-    inspect.add_argument(
-        "paths", type=Path, nargs="+", metavar="PATH", help="folder or .safetensors file"
-    )
+    inspect.add_argument("paths", type=Path, nargs="+", metavar="PATH", help="folder or .safetensors file")
     inspect.add_argument("--json", action="store_true", help="print JSON")
     inspect.set_defaults(run=_inspect)
 
