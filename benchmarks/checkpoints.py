@@ -101,7 +101,7 @@ def child(case: dict[str, Any]) -> None:
 
 
 def _floor(case: dict[str, Any]) -> Any:
-    """Read every tensor of every model, add in float32, round, write. Nothing else."""
+    """Read every tensor of every model, add in float32 in place, round, write. Nothing else."""
     import torch
     from safetensors import safe_open
 
@@ -117,8 +117,8 @@ def _floor(case: dict[str, Any]) -> Any:
                     base = files[0].get_tensor(name).float()
                     total = torch.zeros_like(base)
                     for file in files[1:]:
-                        total += 0.3 * (file.get_tensor(name).float() - base)
-                    merged = (base + total).bfloat16()
+                        total.add_(file.get_tensor(name).float().sub_(base), alpha=0.3)
+                    merged = base.add_(total).bfloat16()
                     out.write(merged.reshape(-1).view(torch.uint8).numpy().data)
 
     return step

@@ -29,7 +29,8 @@ from merging.formats.adapter import open_adapter
 from merging.recipe import Recipe
 from service.cli_client import show_event
 from service.cli_console import columns, progress, size
-from service.client import Client, failure
+from service.client import Client
+from service.client_errors import failure
 from service.deathsig import wrap
 
 HERE = Path(__file__).resolve().parent

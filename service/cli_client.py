@@ -87,7 +87,7 @@ def _submit(args: argparse.Namespace) -> int:
         with progress(quiet=args.quiet) as show:
             merge = client.wait(merge_id, partial(show_event, show))
         if merge["result"] is None:
-            from service.client import failure
+            from service.client_errors import failure
 
             raise failure(merge)
         if args.out is None:

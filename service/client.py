@@ -22,6 +22,7 @@ from urllib.parse import quote
 import httpx
 
 from merging.errors import InputError, MergeError, MergeFailure
+from service.client_errors import Unavailable, failure, problem_of, unreachable
 from service.client_uploads import PARTS_ABOVE, PartsNotSent, send_in_parts
 from service.names import RESULTS, check_path, parse_reference
 
@@ -93,7 +94,7 @@ class Client:
         try:
             send_in_parts(self._call, self._bare, file, announcement)
         except PartsNotSent as error:
-            raise _Unavailable(
+            raise Unavailable(
                 "upload_interrupted",
                 f"{name} was not sent to its end: {error}",
                 remedy="Push it again: what has arrived is not sent twice",
@@ -151,7 +152,7 @@ class Client:
         with self._http.stream("GET", f"/v1/merges/{merge_id}/events", headers=headers) as response:
             if response.is_error:
                 response.read()
-                raise _problem(response)
+                raise problem_of(response)
             fields: dict[str, str] = {}
             for line in response.iter_lines():
                 if line:
@@ -175,10 +176,10 @@ class Client:
                 found = self.merge(merge_id)
                 if found["state"] in _FINAL:
                     return found
-            except (httpx.TransportError, _Unavailable) as error:
+            except (httpx.TransportError, Unavailable) as error:
                 if time.monotonic() > patience:
                     raise (
-                        error if isinstance(error, MergeError) else _unreachable(self._http, error)
+                        error if isinstance(error, MergeError) else unreachable(self._http, error)
                     ) from error
                 time.sleep(0.5)
 
@@ -201,9 +202,9 @@ class Client:
         try:
             response = self._http.request(method, path, **options)
         except httpx.TransportError as error:
-            raise _unreachable(self._http, error) from error
+            raise unreachable(self._http, error) from error
         if response.is_error:
-            raise _problem(response)
+            raise problem_of(response)
         return response
 
     def _download(self, out: Path, files: list[dict[str, Any]], url: Callable[[str], str]) -> None:
@@ -229,58 +230,17 @@ class Client:
             with self._http.stream("GET", url) as response, target.open("xb") as file:
                 if response.is_error:
                     response.read()
-                    raise _problem(response)
+                    raise problem_of(response)
                 for chunk in response.iter_bytes(CHUNK):
                     digest.update(chunk)
                     file.write(chunk)
         except httpx.TransportError as error:
-            raise _unreachable(self._http, error) from error
+            raise unreachable(self._http, error) from error
         if digest.hexdigest() != sha256:
             raise MergeFailure(
                 "download_corrupt", f"{target.name} arrived with a wrong sha256", remedy="Try again",
                 where={"file": target.name},
             )  # fmt: skip
-
-
-class _Unavailable(MergeFailure):
-    """The service cannot be reached, or says that it cannot answer at the moment."""
-
-
-def failure(merge: Mapping[str, Any]) -> MergeError:
-    """The error that a merge without a result stands for."""
-    problem = merge.get("error")
-    if problem:
-        return _error(problem, int(problem["status"]))
-    return MergeFailure("merge_not_succeeded", f"the merge {merge['id']} is {merge['state']}")
-
-
-def _problem(response: httpx.Response) -> MergeError:
-    try:
-        body = response.json()
-    except ValueError:
-        body = None
-    if not isinstance(body, dict) or "code" not in body:
-        return MergeFailure("http_error", f"the service answered {response.status_code}")
-    return _error(body, response.status_code)
-
-
-def _error(problem: Mapping[str, Any], status: int) -> MergeError:
-    where = {}
-    for item in problem.get("errors") or []:
-        where = {key: str(item[key]) for key in ("file", "module", "model") if item.get(key)}
-        break
-    kind: type[MergeError] = InputError if status < 500 else MergeFailure
-    if status == 503:
-        kind = _Unavailable
-    return kind(problem["code"], problem["detail"], remedy=problem.get("remedy"), where=where)
-
-
-def _unreachable(http: httpx.Client, error: Exception) -> MergeFailure:
-    return _Unavailable(
-        "service_unreachable",
-        f"the service at {http.base_url} cannot be reached: {error}",
-        remedy="Start it with `merganser up`, or give its address with --url",
-    )
 
 
 def _model_path(model: str) -> str:

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from merging.catalog.linear import SlerpParams
 from merging.dense import spectral
+from merging.dense.jobs import Input, TensorJob
 from merging.dense.plan import DensePlan
 from merging.dense.stack import DenseStack, HeldRows, Rows, StoredRows, adapter_rows
-from merging.dense.table import Input, TensorJob
 from merging.dense.watch import Watch
 from merging.errors import InputError, MergeFailure
 from merging.formats.adapter import Adapter

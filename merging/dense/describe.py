@@ -6,8 +6,9 @@ import math
 from typing import Any
 
 from merging.dense.inputs import Model, Resolve
+from merging.dense.jobs import FLOATS, TensorJob
 from merging.dense.plan import DensePlan, prepare_dense
-from merging.dense.table import EXACT_NUMEL, FLOATS, REDUCED_RANK, TensorJob
+from merging.dense.table import EXACT_NUMEL, REDUCED_RANK
 from merging.formats.adapter import Adapter
 from merging.formats.guard import ITEM_BYTES
 from merging.planning import Plan

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from merging.compress import RankRule, compress
 from merging.dense import blocks
+from merging.dense.jobs import TensorJob, is_embedding
 from merging.dense.plan import ShardPlan
 from merging.dense.stack import DenseStack
-from merging.dense.table import TensorJob, is_embedding
 from merging.errors import InputError
 from merging.formats.peft_keys import Kind
 from merging.formats.writer import TensorSpec, write_safetensors

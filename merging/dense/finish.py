@@ -11,11 +11,11 @@ from torch import Tensor
 
 from merging.dense import card
 from merging.dense.extract import A_TAIL, B_TAIL, module_kind
+from merging.dense.jobs import TensorJob
 from merging.dense.plan import STEMS, DensePlan
 from merging.dense.report import dense_report
 from merging.dense.runner import ShardResult, header_metadata
 from merging.dense.settled import Settled
-from merging.dense.table import TensorJob
 from merging.errors import MergeFailure
 from merging.formats import peft_out
 from merging.formats.checkpoint_out import config_text, copy_companions

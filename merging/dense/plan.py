@@ -11,24 +11,20 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from merging import catalog
 from merging.catalog import Resolved
-from merging.dense.inputs import Model, Resolve, is_dense, is_entrywise, open_base, open_model
-from merging.dense.table import BUFFERS, FLOATS, Table, TensorJob, base_required, build_table
-from merging.errors import InputError
+from merging.dense.checks import check_models, check_output, resolve_dense, stand_in
+from merging.dense.inputs import Model, Resolve, is_dense, open_base, open_model
+from merging.dense.jobs import BUFFERS, FLOATS, TensorJob
+from merging.dense.table import Table, build_table
 from merging.formats.adapter import Adapter
-from merging.formats.compatible import check_compatible
 from merging.formats.guard import ITEM_BYTES
 from merging.formats.shards import shard_names
-from merging.formats.task_vector import BASE_KEY, STEM
+from merging.formats.task_vector import STEM
 from merging.formats.tensor_set import TensorSet
 from merging.recipe import Recipe
 
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 SHARD_BYTES = 2_000_000_000
-CONV1D_MODELS = ("clvp", "decision_transformer", "gpt2", "imagegpt", "openai-gpt")
-"""Models whose layers hold ``W (in, out)``, which the names do not tell."""
-
 STEMS = {"checkpoint": "model", "delta": STEM, "lora": "lora"}
 
 
@@ -168,8 +164,8 @@ def prepare_dense(
             _hash([model for model in opened if model.label not in (sums or {})], threads)
         if canonical and not resolved.method.contract.ordered:
             recipe, resolved, models = _sorted(recipe, resolved, models, sums or {})
-        base = base or _stand_in(recipe, resolved, models)
-        _check_models(recipe, base, models, sums or {}, hashed=canonical)
+        base = base or stand_in(recipe, resolved, models)
+        check_models(recipe, base, models, sums or {}, hashed=canonical)
         table = build_table(
             base,
             models,
@@ -180,7 +176,7 @@ def prepare_dense(
         plan = DensePlan(
             recipe, resolved, base, tuple(models), table, shard_bytes or SHARD_BYTES, sums, origin
         )
-        _check_output(plan)
+        check_output(recipe, resolved, base, table)
         yield plan
     finally:
         for one in opened:
@@ -199,37 +195,6 @@ def _full_modules(recipe: Recipe, origin: Origin | None) -> str:
     if origin is not None:
         return "replace"  # they were merged with the adapter
     return recipe.modules_to_save if isinstance(recipe.modules_to_save, str) else "take"
-
-
-def resolve_dense(recipe: Recipe, *, whole: bool = True) -> Resolved:
-    """The method with its parameters, or why it does not take dense inputs.
-
-    For ``whole`` models ``lambda`` is 1 unless the recipe states it. Raises ``dense_inputs_unsupported``,
-    ``space_not_supported`` and what :func:`merging.catalog.resolve` raises.
-    """
-    method = catalog.get(recipe.merge_method)
-    contract = method.contract
-    if not contract.dense_inputs:
-        raise InputError(
-            "dense_inputs_unsupported",
-            f"{method.name} is defined on the factors of adapters; it merges no checkpoints or task vectors",
-            remedy="Use one of: "
-            + ", ".join(name for name in catalog.names() if catalog.get(name).contract.dense_inputs),
-            where={"field": "merge_method"},
-        )
-    entrywise = is_entrywise(recipe.merge_method)
-    if entrywise and recipe.space not in (None, "full"):
-        raise InputError(
-            "space_not_supported",
-            f"the space {recipe.space!r} is made of the factors of adapters; checkpoints have none",
-            remedy="Remove `space`, or set `space: full`.",
-            where={"field": "space"},
-        )
-    update: dict[str, Any] = {"parameters": {**({"lambda": 1.0} if whole else {}), **recipe.parameters}}
-    if entrywise:
-        update["space"] = "full"
-    resolved = catalog.resolve(recipe.model_copy(update=update))
-    return resolved if entrywise else replace(resolved, space=None)
 
 
 def _spelled_out(recipe: Recipe, resolved: Resolved) -> Recipe:
@@ -256,85 +221,3 @@ def _sorted(
         replace(resolved, per_model=tuple(resolved.per_model[i] for i in order)),
         [models[i] for i in order],
     )
-
-
-def _stand_in(recipe: Recipe, resolved: Resolved, models: list[Model]) -> TensorSet | None:
-    """A checkpoint that can play the base: a weighted mean of whole models is the same from any base."""
-    whole = [model for model in models if isinstance(model, TensorSet) and model.format == "checkpoint"]
-    if not whole:
-        return None
-    weights = [params.weight for params in resolved.per_model]
-    mean = bool(getattr(resolved.params, "normalize", False)) or abs(sum(weights) - 1.0) < 1e-9
-    if (
-        resolved.method.name == "linear"
-        and resolved.params.lambda_ == 1.0
-        and mean
-        and len(whole) == len(models)
-    ):
-        return whole[0]
-    raise base_required(f"{resolved.method.name} of checkpoints")
-
-
-def _check_models(
-    recipe: Recipe, base: TensorSet | None, models: list[Model], sums: Mapping[str, str], *, hashed: bool
-) -> None:
-    if recipe.prepare.balance:
-        raise InputError(
-            "prepare_unsupported",
-            "prepare.balance rewrites the factors of adapters; checkpoints have none",
-            where={"field": "prepare.balance"},
-        )
-    if recipe.output.format == "checkpoint" and base is None:
-        raise base_required("a checkpoint")
-    adapters = [model for model in models if isinstance(model, Adapter)]
-    if len(adapters) > 1:
-        check_compatible(
-            adapters,
-            missing_modules=recipe.missing_modules,
-            allow_base_mismatch=recipe.allow_base_mismatch,
-            modules_to_save="drop",
-        )
-    for model in models:
-        stated = model.metadata.get(BASE_KEY) if isinstance(model, TensorSet) else None
-        if hashed and stated is not None and base is not None and not recipe.allow_base_mismatch:
-            _check_base(model, stated, base, sums)
-
-
-def _check_base(model: Model, stated: str, base: TensorSet, sums: Mapping[str, str]) -> None:
-    if stated != (sums.get(base.label) or base.digest):
-        raise InputError(
-            "base_mismatch",
-            f"{model.label} states that it belongs to another base than {base.label}",
-            remedy="Give its own base, or set allow_base_mismatch: true",
-            where={"model": model.label, "field": "base_model"},
-        )
-
-
-def _check_output(plan: DensePlan) -> None:
-    output = plan.recipe.output
-    if not any(job.inputs for job in plan.table.jobs):
-        raise InputError("nothing_to_merge", "no model holds a tensor of the base that could be merged")
-    if output.format == "lora" and output.rank is None and output.energy is None:
-        raise InputError(
-            "rank_required",
-            "the update of whole models has full rank; an adapter of it needs a rank",
-            remedy="Set output.rank, or output.energy (for instance 0.9), or output.format: checkpoint",
-            where={"field": "output.rank"},
-        )
-    config = (plan.base.config if plan.base is not None else None) or {}
-    if output.format == "lora" and config.get("model_type") in CONV1D_MODELS:
-        raise InputError(
-            "extraction_unsupported",
-            f"{config['model_type']} stores its weights transposed; an adapter of it cannot be extracted",
-            remedy="Set output.format: checkpoint or delta",
-            where={"field": "output.format"},
-        )
-    if output.format != "lora":
-        for field in ("energy", "max_rank") + (() if plan.resolved.method.name == "svd" else ("rank",)):
-            if getattr(output, field) is not None:
-                raise InputError(
-                    "rank_without_lora",
-                    f"output.{field} is for adapters; the output is a {output.format}",
-                    remedy="Set output.format: lora, or use merge_method svd with output.rank",
-                    where={"field": f"output.{field}"},
-                )

@@ -20,10 +20,10 @@ from merging import __version__, catalog
 from merging.dense import blocks
 from merging.dense.describe import IDLE_BYTES, job_bytes
 from merging.dense.extract import write_extracted
+from merging.dense.jobs import TensorJob
 from merging.dense.plan import DensePlan, ShardPlan
 from merging.dense.settled import Settled
 from merging.dense.stack import DenseStack, StoredRows
-from merging.dense.table import TensorJob
 from merging.dense.watch import Watch
 from merging.errors import MergeFailure
 from merging.execute import in_order
