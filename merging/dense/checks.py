@@ -13,12 +13,10 @@ from merging.dense.table import Table, base_required
 from merging.errors import InputError
 from merging.formats.adapter import Adapter
 from merging.formats.compatible import check_compatible
+from merging.formats.conv1d import MODEL_TYPES
 from merging.formats.task_vector import BASE_KEY
 from merging.formats.tensor_set import TensorSet
 from merging.recipe import Recipe
-
-CONV1D_MODELS = ("clvp", "decision_transformer", "gpt2", "imagegpt", "openai-gpt")
-"""Models whose layers hold ``W (in, out)``, which the names do not tell."""
 
 
 def resolve_dense(recipe: Recipe, *, whole: bool = True) -> Resolved:
@@ -118,7 +116,7 @@ def check_output(recipe: Recipe, resolved: Resolved, base: TensorSet | None, tab
             where={"field": "output.rank"},
         )
     config = (base.config if base is not None else None) or {}
-    if output.format == "lora" and config.get("model_type") in CONV1D_MODELS:
+    if output.format == "lora" and config.get("model_type") in MODEL_TYPES:
         raise InputError(
             "extraction_unsupported",
             f"{config['model_type']} stores its weights transposed; an adapter of it cannot be extracted",
