@@ -22,7 +22,7 @@ from urllib.parse import quote
 import httpx
 
 from merging.errors import InputError, MergeError, MergeFailure
-from service.client_errors import Unavailable, failure, problem_of, unreachable
+from service.client_errors import Unreachable, failure, problem_of, unreachable
 from service.client_uploads import PARTS_ABOVE, PartsNotSent, send_in_parts
 from service.names import RESULTS, check_path, parse_reference
 
@@ -94,7 +94,7 @@ class Client:
         try:
             send_in_parts(self._call, self._bare, file, announcement)
         except PartsNotSent as error:
-            raise Unavailable(
+            raise Unreachable(
                 "upload_interrupted",
                 f"{name} was not sent to its end: {error}",
                 remedy="Push it again: what has arrived is not sent twice",
@@ -176,7 +176,7 @@ class Client:
                 found = self.merge(merge_id)
                 if found["state"] in _FINAL:
                     return found
-            except (httpx.TransportError, Unavailable) as error:
+            except (httpx.TransportError, Unreachable) as error:
                 if time.monotonic() > patience:
                     raise (
                         error if isinstance(error, MergeError) else unreachable(self._http, error)

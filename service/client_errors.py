@@ -10,7 +10,7 @@ import httpx
 from merging.errors import InputError, MergeError, MergeFailure
 
 
-class Unavailable(MergeFailure):
+class Unreachable(MergeFailure):
     """The service cannot be reached, or says that it cannot answer at the moment."""
 
 
@@ -39,12 +39,12 @@ def error_of(problem: Mapping[str, Any], status: int) -> MergeError:
         break
     kind: type[MergeError] = InputError if status < 500 else MergeFailure
     if status == 503:
-        kind = Unavailable
+        kind = Unreachable
     return kind(problem["code"], problem["detail"], remedy=problem.get("remedy"), where=where)
 
 
 def unreachable(http: httpx.Client, error: Exception) -> MergeFailure:
-    return Unavailable(
+    return Unreachable(
         "service_unreachable",
         f"the service at {http.base_url} cannot be reached: {error}",
         remedy="Start it with `merganser up`, or give its address with --url",
