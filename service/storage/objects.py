@@ -93,9 +93,9 @@ class Objects:
                 return act()
             except Exception as error:
                 found = meaning(error)
-                if found is error:
-                    raise
                 if not isinstance(found, StorageUnavailable) or time.monotonic() >= deadline:
+                    if found is error:
+                        raise
                     raise found from None
             time.sleep(_PAUSE_SECONDS)
 
@@ -130,7 +130,17 @@ class Objects:
 
     def chunks(self, key: str) -> Iterator[bytes]:
         """The bytes of an object in chunks. Raises ``FileNotFoundError``."""
-        for chunk in self._do(lambda: obstore.get(self._store, key)).stream(min_chunk_size=CHUNK):
+        stream = iter(self._do(lambda: obstore.get(self._store, key)).stream(min_chunk_size=CHUNK))
+        while True:
+            try:
+                chunk = next(stream)
+            except StopIteration:
+                return
+            except Exception as error:
+                found = meaning(error)
+                if found is error:
+                    raise
+                raise found from None
             yield bytes(chunk)
 
     def size(self, key: str) -> int | None:

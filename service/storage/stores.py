@@ -83,7 +83,7 @@ def _s3(url: str) -> S3Store:
             "timeout": timedelta(days=1),
         },
         retry_config={
-            "max_retries": 10,
+            "max_retries": 100,  # it is the time that ends them
             "retry_timeout": timedelta(seconds=RETRY_SECONDS),
             "backoff": {
                 "init_backoff": timedelta(milliseconds=100),

@@ -160,9 +160,15 @@ def test_the_patient_wait_for_the_server(
     assert (tmp_path / "copy").read_bytes() == content
 
 
-def test_a_download_goes_on_after_an_interruption(own: Seaweed, tmp_path: Path) -> None:
+LARGE = 48 << 20
+
+
+def test_a_download_goes_on_after_an_interruption(
+    own: Seaweed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stores, "RETRY_SECONDS", 60)  # the server takes its time to come back
     storage = own.storage()
-    content = b"".join(hashlib.sha256(bytes([i])).digest() * (1 << 15) for i in range(48))
+    content = b"".join(hashlib.sha256(bytes([i])).digest() * (1 << 15) for i in range(LARGE >> 20))
     (tmp_path / "file").write_bytes(content)
     storage.put_file("file", tmp_path / "file")
     chunks = storage.chunks("file")
@@ -172,6 +178,23 @@ def test_a_download_goes_on_after_an_interruption(own: Seaweed, tmp_path: Path) 
     back.start()
     assert hashlib.sha256(found + b"".join(chunks)).digest() == hashlib.sha256(content).digest()
     back.join()
+
+
+def test_a_download_that_breaks_off_for_good_says_so(
+    own: Seaweed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stores, "RETRY_SECONDS", 0.3)
+    storage = own.storage()
+    (tmp_path / "file").write_bytes(bytes(LARGE))
+    storage.put_file("file", tmp_path / "file")
+    chunks = storage.chunks("file")
+    next(chunks)
+    own.kill()
+    try:
+        with pytest.raises(StorageUnavailable):
+            list(chunks)
+    finally:
+        own.start()
 
 
 def test_a_signed_url_is_good_for_one_thing(seaweed: Seaweed) -> None:
